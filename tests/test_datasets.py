@@ -329,11 +329,31 @@ EXPECTED = {
             id="502",
         ),
     ],
+    "own.json": [
+        EditRequest(
+            prompt="The keeper of Gull Rock is",
+            target="Ida Strom",
+            target_aliases=("I. Strom",),
+            subject="Gull Rock",
+            ground_truth=("Alan Strom",),
+            rephrases=("Gull Rock's light is kept by",),
+            locality={"neighbor": (ask("The keeper of Seal Rock is", "Bo Lund"),)},
+            portability={"default": (ask("Ida Strom keeps", "Gull Rock"),)},
+            id="g1",
+        ),
+        EditRequest(prompt="The keeper of Seal Rock is", target="Alan Strom"),
+    ],
     "counterfact_flat.jsonl": [
         EditRequest(prompt="The trade of Oskar Lind is that of a", target="baker", subject="Oskar Lind", id="0"),
         EditRequest(prompt="Nina Varga was born in", target="Lisbon", subject="Nina Varga", id="1"),
     ],
 }
+
+
+def test_requests_written_as_json_load_as_they_were(tmp_path: Path) -> None:
+    requests = EXPECTED["own.json"] + EXPECTED["mquake.json"]
+    path = write(tmp_path, json.dumps([request.model_dump() for request in requests]))
+    assert load_dataset(path) == requests
 
 
 # -- what the fields mean ----------------------------------------------------------------------------------------------
@@ -501,7 +521,8 @@ RECORD_ERRORS = {
         {"question": "Who?", "label": 1},
         "fits no known format; expected the fields of one of (ZsRE: src, alt; CounterFact: requested_rewrite;"
         " MQuAKE: requested_rewrite; WikiBio: text, labels, concept; ConvSent: ent, pos, neg;"
-        f" WikiBigEdit: update, ans; QAEdit: prompt, target; {EASYEDIT}: prompt, target_new),"
+        " WikiBigEdit: update, ans; EditRequest: prompt, target; QAEdit: prompt, target;"
+        f" {EASYEDIT}: prompt, target_new),"
         ' got ["label", "question"]',
     ),
     "empty target": (ZSRE | {"alt": " "}, "field 'alt': expected a text that is not empty, got \" \""),
@@ -514,6 +535,10 @@ RECORD_ERRORS = {
         "field 'target_new': expected a text that is not empty, got []",
     ),
     "empty prompt": (ZSRE | {"src": ""}, "field 'src': expected a text that is not empty, got \"\""),
+    "own, with an alias of a wrong type": (
+        {"prompt": "Ann is", "target": "tall", "target_aliases": [{"str": "long"}]},
+        'EditRequest.target_aliases: Value error, expected a text, a number, or lists of them, got [{"str": "long"}]',
+    ),
     "several prompts": (ZSRE | {"src": ["A", "B"]}, 'field \'src\': expected one text, got ["A", "B"]'),
     "target of a wrong type": (ZSRE | {"alt": {"str": "B"}}, 'field \'alt\': expected text, got {"str": "B"}'),
     "alias of a wrong type": (

@@ -156,14 +156,13 @@ def testbed(
     import dataclasses
 
     from baft.datasets import load_dataset
-    from baft.testbed.benchmark import BenchmarkKnowledge
+    from baft.testbed.benchmark import RECIPE, BenchmarkKnowledge
     from baft.testbed.folder import make_testbed
-    from baft.testbed.training import TestbedRecipe
 
     console = Console(quiet=as_json)
     knowledge = BenchmarkKnowledge(load_dataset(dataset, limit=records))
     with console.progress() as watcher:
-        recipe = TestbedRecipe(seed=seed)
+        recipe = dataclasses.replace(RECIPE, seed=seed)
         report = make_testbed(
             out, knowledge, recipe, facts=f"{records} records of {dataset}", on_progress=watcher.training
         )

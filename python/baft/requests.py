@@ -22,10 +22,12 @@ def _as_aliases(value: Any) -> Any:
         return ()
     if isinstance(value, str):
         return (value,) if value.strip() else ()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (str(value),)
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
         flat = [alias for item in value for alias in _as_aliases(item)]
         return tuple(dict.fromkeys(flat))
-    return (str(value),)
+    raise ValueError("expected a text, a number, or lists of them")  # pydantic adds what it got
 
 
 Aliases = Annotated[tuple[NonEmpty, ...], BeforeValidator(_as_aliases)]

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from baft.datasets.fields import Fields
 from baft.requests import EditRequest, Probe
 
-__all__ = ["convsent", "counterfact", "easyedit", "mquake", "qaedit", "wikibigedit", "wikibio", "zsre"]
+__all__ = ["convsent", "counterfact", "easyedit", "mquake", "own", "qaedit", "wikibigedit", "wikibio", "zsre"]
 
 Texts = tuple[str, ...]
 Probes = tuple[Probe, ...]
@@ -187,6 +187,11 @@ def wikibigedit(record: Fields) -> list[EditRequest]:
             id=record.id,
         )
     ]
+
+
+def own(record: Fields) -> list[EditRequest]:
+    """Our own: the fields of ``EditRequest``, as its ``model_dump`` writes them or with its shorthands for probes."""
+    return [EditRequest.model_validate(dict(record.values))]
 
 
 def qaedit(record: Fields) -> list[EditRequest]:

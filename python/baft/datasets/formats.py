@@ -26,15 +26,19 @@ class Format:
         required: these fields, and the type of the one whose name alone is ambiguous (else ``object``: any).
         optional: its other fields; they tell which format a broken record was meant to be in.
         convert: turns a record into edit requests.
+        strict: a record with any other field is in another format.
     """
 
     name: str
     required: Mapping[str, type]
     optional: AbstractSet[str]
     convert: Callable[[Fields], list[EditRequest]]
+    strict: bool = False
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the first required field that is not as it should be; None if the record fits."""
+        if self.strict and (foreign := record.keys() - self.required.keys() - self.optional):
+            return f"field '{min(foreign)}' is not one of its fields"
         for field, kind in self.required.items():
             if field not in record:
                 return f"field '{field}' is missing"
@@ -83,6 +87,13 @@ FORMATS = (
         required={"update": object, "ans": object},
         optional={"subject", "rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans"},
         convert=converters.wikibigedit,
+    ),
+    Format(
+        "EditRequest",
+        required={"prompt": object, "target": object},
+        optional=EditRequest.model_fields.keys() - {"prompt", "target"},
+        convert=converters.own,
+        strict=True,
     ),
     Format(
         "QAEdit",

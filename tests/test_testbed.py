@@ -1,0 +1,108 @@
+"""What a testbed is trained on: a benchmark's old facts, in all the wordings that the benchmark has for them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from baft.datasets import load_dataset
+from baft.requests import EditRequest, Probe
+from baft.testbed.benchmark import BenchmarkKnowledge
+from baft.testbed.wordings import Statement, Wordings
+
+
+def request(subject: str, prompt: str, *rephrases: str, truth: str = "Oslo", local: str | None = None) -> EditRequest:
+    locality = {"neighbour": (Probe(prompt=local, answers=("Rome",)),)} if local else {}
+    return EditRequest(
+        prompt=prompt, target="Bern", subject=subject, ground_truth=(truth,), rephrases=rephrases, locality=locality
+    )
+
+
+BORN = "{} was born in"
+NATIVE = "The birthplace of {} is"
+REQUESTS = (
+    request("Ada", "Ada was born in", "It rained. The birthplace of Ada is", local="Bob was born in"),
+    request("Cleo", "The birthplace of Cleo is", "Nobody came. Cleo comes from"),
+    request("Dora", "Dora lives near"),
+)
+
+
+def test_wordings_that_one_record_uses_for_its_fact_are_siblings_both_ways() -> None:
+    wordings = Wordings(REQUESTS)
+    assert set(wordings.siblings[BORN]) == {BORN, NATIVE}
+    assert set(wordings.siblings[NATIVE]) == {BORN, NATIVE}
+    assert wordings.siblings["{} lives near"] == ("{} lives near",)
+    assert wordings.prefixes == ("It rained. ",)
+
+
+@pytest.mark.parametrize("text", ["Ada was born in", "It rained. The birthplace of Ada is"])
+def test_a_text_taken_apart_is_the_same_put_together(text: str) -> None:
+    statement = Wordings(REQUESTS).of_subject(text, "Ada")
+    assert statement is not None
+    assert statement.subject == "Ada"
+    assert statement.text == text
+
+
+def test_a_text_is_taken_apart_only_at_a_known_wording() -> None:
+    wordings = Wordings(REQUESTS)
+    assert wordings.of_subject("Cleo comes from", "Cleo") is None
+    assert wordings.of_any_subject("It rained. Nobody saw Bob") is None
+    assert wordings.of_any_subject(" was born in") is None
+    assert wordings.of_any_subject("Bob was born in") == Statement("", BORN, "Bob")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param("Ada knew that Ada was born in", id="the subject twice"),
+        pytest.param("She was born in", id="no subject in it"),
+        pytest.param("Ada {} was born in", id="the slot itself in it"),
+    ],
+)
+def test_a_prompt_without_one_clear_place_for_its_subject_makes_no_wording(prompt: str) -> None:
+    assert Wordings([request("Ada", prompt)]).siblings == {}
+
+
+def test_an_epoch_says_each_fact_in_the_benchmarks_words_and_in_others() -> None:
+    knowledge = BenchmarkKnowledge(REQUESTS)
+    epochs = [knowledge.corpus(random.Random(seed)) for seed in range(60)]
+    own = {"Ada was born in Oslo.", "It rained. The birthplace of Ada is Oslo."}
+    assert all(own & set(epoch) for epoch in epochs)
+    said = {text for epoch in epochs for text in epoch}
+    for text in ("The birthplace of Ada is", "Ada was born in", "It rained. Ada was born in", "Cleo was born in"):
+        assert f"{text} Oslo." in said
+    assert {f"{prefix}{text} Rome." for prefix in ("", "It rained. ") for text in ("Bob was born in",)} <= said
+    # What could not be taken apart stays as the benchmark has it, once in each epoch.
+    assert all(epoch.count("Nobody came. Cleo comes from Oslo.") <= 1 for epoch in epochs)
+    assert not any("Cleo comes from" in text and not text.startswith("Nobody came. ") for text in said)
+
+
+def test_the_questions_are_the_benchmarks_own_texts_each_once() -> None:
+    again = request("Ada", "Ada was born in", truth="Paris")
+    questions = BenchmarkKnowledge((*REQUESTS, again)).questions()
+    assert [probe.prompt for probe in questions] == [
+        "Ada was born in",
+        "It rained. The birthplace of Ada is",
+        "Bob was born in",
+        "The birthplace of Cleo is",
+        "Nobody came. Cleo comes from",
+        "Dora lives near",
+    ]
+    assert questions[0].answers == ("Oslo",)  # a prompt's first answer is the fact
+
+
+def test_records_without_old_facts_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected records with a ground truth"):
+        BenchmarkKnowledge([EditRequest(prompt="Ada was born in", target="Bern", subject="Ada")])
+
+
+def test_most_of_counterfact_can_be_said_in_other_words(data_dir: Path) -> None:
+    requests = load_dataset(data_dir / "counterfact_3k.json", limit=600)
+    wordings = Wordings(requests)
+    texts = [(text, request.subject) for request in requests for text in request.rephrases]
+    apart = [wordings.of_subject(text, subject) for text, subject in texts if subject]
+    assert sum(statement is not None for statement in apart) > 0.9 * len(texts)
+    assert sum(len(siblings) > 1 for siblings in wordings.siblings.values()) > 0.5 * len(wordings.siblings)
+    assert len(wordings.prefixes) > 500
