@@ -68,6 +68,6 @@ fi
 
 say "installing baft-kernels${extras:+ with its $extras tools}"
 # No build isolation: the build uses the torch above, and nothing is downloaded twice.
-install -c constraints.txt setuptools &&
+install -c constraints.txt setuptools ninja &&
   install -c constraints.txt --no-build-isolation -e ".${extras:+[$extras]}" ||
   die "installing the package failed (above: why)"

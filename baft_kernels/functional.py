@@ -8,8 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from baft_kernels.backends import run_backend
-from baft_kernels.reference import GATE_FNS, BaftOutput
+from baft_kernels import ops
+from baft_kernels.autograd import fused
+from baft_kernels.backends import REFERENCE, resolve_backend
+from baft_kernels.packing import Parameters
+from baft_kernels.reference import GATE_FNS, BaftOutput, baft_reference
 
 __all__ = ["baft", "baft_", "check_gate_fn"]
 
@@ -86,8 +89,18 @@ def baft(
     """
     _check(h, basis, source, source_bias, gate, gate_bias, gate_fn)
     rows = None if positions is None else _rows(positions, h)
-    result = run_backend(backend, h, basis, source, source_bias, gate, gate_bias, gate_fn, rows)
-    return result if return_aux else result.out
+    parameters = Parameters(basis, source, source_bias, gate, gate_bias)
+    serving = resolve_backend(backend, h)
+    if serving == REFERENCE:
+        result = baft_reference(h, *parameters, gate_fn, rows)
+        return result if return_aux else result.out
+    flat = h.reshape(-1, h.shape[-1])
+    flat_rows = None if rows is None else rows.reshape(-1)
+    out, weights, update = fused(flat, parameters, flat_rows, None, gate_fn, serving)
+    if not return_aux:
+        return out.view(h.shape)
+    low = (*h.shape[:-1], basis.shape[0])
+    return BaftOutput(out.view(h.shape), weights.view(low), update.view(low))
 
 
 @torch.no_grad()
@@ -115,8 +128,21 @@ def baft_(
     """
     if h.requires_grad:
         raise ValueError("h: expected requires_grad=False, since baft_ writes in place, got True")
-    out = baft(h, basis, source, source_bias, gate, gate_bias, gate_fn=gate_fn, positions=positions, backend=backend)
-    return h.copy_(out)
+    _check(h, basis, source, source_bias, gate, gate_bias, gate_fn)
+    rows = None if positions is None else _rows(positions, h)
+    parameters = Parameters(basis, source, source_bias, gate, gate_bias)
+    serving = resolve_backend(backend, h)
+    if serving == REFERENCE:
+        return h.copy_(baft_reference(h, *parameters, gate_fn, rows).out)
+    flat_rows = None if rows is None else rows.reshape(-1)
+    try:
+        flat = h.view(-1, h.shape[-1])
+    except RuntimeError:  # no view has these rows: work on a copy
+        flat = h.reshape(-1, h.shape[-1])
+        ops.forward_(flat, *parameters, flat_rows, None, gate_fn, serving)
+        return h.copy_(flat.view(h.shape))
+    ops.forward_(flat, *parameters, flat_rows, None, gate_fn, serving)
+    return h
 
 
 def check_gate_fn(gate_fn: str) -> None:

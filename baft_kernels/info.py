@@ -18,7 +18,7 @@ from baft_kernels.backends import KNOWN_BACKENDS, resolve_backend, why_unusable
 __all__ = ["ENVIRONMENT_VARIABLES", "collect", "main", "render"]
 
 # Every environment variable that the package reads.
-ENVIRONMENT_VARIABLES = ("BAFT_BACKEND", "BAFT_CHECK_FINITE")
+ENVIRONMENT_VARIABLES = ("BAFT_BACKEND", "BAFT_CHECK_FINITE", "BAFT_CPU_VARIANT")
 
 
 def collect() -> dict[str, Any]:

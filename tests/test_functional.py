@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_backend import FakeBackend
 from op_calls import Call, draw_call
 from torch import Tensor
 
 from baft_kernels import BaftOutput, baft, baft_
-from baft_kernels.backends import BACKENDS, KNOWN_BACKENDS
+from baft_kernels.backends import FUSED, KNOWN_BACKENDS
 from baft_kernels.reference import baft_reference
 
 PARAMETERS = ("basis", "source", "source_bias", "gate", "gate_bias")
-MISSING_BACKENDS = [name for name in KNOWN_BACKENDS if name not in BACKENDS]
+FUSED_NAMES = [name for name in KNOWN_BACKENDS if name != "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +41,10 @@ def draw(**changes: Any) -> Call:
 def test_return_aux_adds_weights_and_update() -> None:
     call = draw()
     expected = baft_reference(*call)
-    out = baft(*call[:6])
+    out = baft(*call[:6], backend="reference")
     assert isinstance(out, Tensor)
     assert torch.equal(out, expected.out)
-    result = baft(*call[:6], return_aux=True)
+    result = baft(*call[:6], return_aux=True, backend="reference")
     assert isinstance(result, BaftOutput)
     for actual, wanted in zip(result, expected, strict=True):
         assert torch.equal(actual, wanted)
@@ -191,15 +192,10 @@ def test_a_non_finite_h_is_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Registers a backend under each missing name; the list says which of them served."""
+    """Puts a fake in the place of every fused backend; the list says which of them served."""
     names: list[str] = []
-
-    def record(name: str, *arguments: Any) -> BaftOutput:
-        names.append(name)
-        return baft_reference(*arguments)
-
-    for name in MISSING_BACKENDS:
-        monkeypatch.setitem(BACKENDS, name, lambda *arguments, name=name: record(name, *arguments))
+    for name in FUSED_NAMES:
+        monkeypatch.setitem(FUSED, name, FakeBackend(name, names))
     return names
 
 
@@ -207,14 +203,14 @@ def test_a_named_backend_serves_the_call(served: list[str]) -> None:
     call = draw(rows=torch.tensor([1, 3]))
     expected = apply(call, backend="reference")
     assert served == []
-    for name in MISSING_BACKENDS:
+    for name in FUSED_NAMES:
         for actual, wanted in zip(apply(call, backend=name), expected, strict=True):
             assert torch.equal(actual, wanted)
-    assert served == MISSING_BACKENDS
+    assert served == FUSED_NAMES
 
 
 def test_the_environment_overrides_auto_and_nothing_else(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    name = MISSING_BACKENDS[0]
+    name = FUSED_NAMES[-1]
     monkeypatch.setenv("BAFT_BACKEND", name)
     apply(draw(), backend="reference")
     assert served == []
@@ -223,15 +219,46 @@ def test_the_environment_overrides_auto_and_nothing_else(served: list[str], monk
     assert served == [name, name]
 
 
-@pytest.mark.parametrize("value", ["", "auto", "reference"])
-def test_the_environment_may_leave_the_choice(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BAFT_BACKEND", value)
+def test_auto_takes_the_first_that_is_usable_and_fits(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(FUSED):
+        monkeypatch.delitem(FUSED, name)
+    for backend in (
+        FakeBackend("cuda", served, unusable="no device"),
+        FakeBackend("triton", served, unfit="h is elsewhere"),
+        FakeBackend("cpu", served),
+    ):
+        monkeypatch.setitem(FUSED, backend.name, backend)
+    apply(draw())
+    assert served == ["cpu"]
+    monkeypatch.setitem(FUSED, "cpu", FakeBackend("cpu", served, unusable="not built"))
     assert torch.equal(apply(draw()).out, baft_reference(*draw()).out)
+    assert served == ["cpu"]
 
 
-@pytest.mark.parametrize("name", MISSING_BACKENDS)
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_the_environment_may_leave_the_choice(value: str, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAFT_BACKEND", value)
+    apply(draw())
+    assert served == [next(iter(FUSED))]
+
+
+def test_the_environment_may_ask_for_the_reference(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAFT_BACKEND", "reference")
+    assert torch.equal(apply(draw()).out, baft_reference(*draw()).out)
+    assert served == []
+
+
+@pytest.mark.parametrize("name", FUSED_NAMES)
+def test_a_backend_that_does_not_fit_raises_rather_than_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSED, name, FakeBackend(name, [], unfit="h is too wide"))
+    with pytest.raises(ValueError, match=f"^backend: expected one that serves this call, got '{name}': h is too wide$"):
+        apply(draw(), backend=name)
+
+
+@pytest.mark.parametrize("name", FUSED_NAMES)
 def test_a_missing_backend_raises_rather_than_fall_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = rf"expected a usable one \(.*\), got '{name}': not part of this version$"
+    monkeypatch.setitem(FUSED, name, FakeBackend(name, [], unusable="not built"))
+    reason = rf"expected a usable one \(.*\), got '{name}': not built$"
     with pytest.raises(ValueError, match=f"^backend: {reason}"):
         apply(draw(), backend=name)
     monkeypatch.setenv("BAFT_BACKEND", name)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_backend import FakeBackend
 
 import baft_kernels
 from baft_kernels import info
-from baft_kernels.backends import BACKENDS, KNOWN_BACKENDS, resolve_backend
+from baft_kernels.backends import FUSED, KNOWN_BACKENDS, resolve_backend
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +66,8 @@ def test_a_backend_is_usable_exactly_if_naming_it_works() -> None:
 
 
 def test_auto_is_what_a_call_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert info.collect()["auto"] == {"backend": next(iter(BACKENDS)), "reason": None}
-    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["reference"])
+    assert info.collect()["auto"] == {"backend": resolve_backend("auto", torch.ones(1, 1)), "reason": None}
+    monkeypatch.setitem(FUSED, "triton", FakeBackend("triton", []))
     monkeypatch.setenv("BAFT_BACKEND", "triton")
     assert info.collect()["auto"] == {"backend": "triton", "reason": None}
 
@@ -82,10 +83,14 @@ def test_a_choice_that_cannot_serve_is_reported_and_not_raised(monkeypatch: pyte
 
 def test_every_environment_variable_that_the_source_reads_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(baft_kernels.__file__).parent
-    source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.name != "info.py")
-    assert set(re.findall(r"(?:environ\W+(?:get\W+)?|getenv\W+)([A-Z_]+)", source)) == set(info.ENVIRONMENT_VARIABLES)
+    files = [path for path in package.rglob("*.py") if path.name != "info.py"]
+    files += (package.parent / "csrc").rglob("*.cpp")
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    read = re.findall(r"(?:environ\W+(?:get\W+)?|getenv\W+)(BAFT_[A-Z_]+)", source)
+    assert set(read) == set(info.ENVIRONMENT_VARIABLES)
     monkeypatch.setenv("BAFT_CHECK_FINITE", "1")
-    assert info.collect()["environment"] == {"BAFT_BACKEND": None, "BAFT_CHECK_FINITE": "1"}
+    unset = dict.fromkeys(info.ENVIRONMENT_VARIABLES)
+    assert info.collect()["environment"] == {**unset, "BAFT_CHECK_FINITE": "1"}
 
 
 def test_text_has_a_line_for_each_entry() -> None:

@@ -137,11 +137,14 @@ _CORPUS = [
 def random_interventions(
     layers: Iterable[int] = (1,), *, width: int = WIDTH, rank: int = 4, gate_fn: str = "sigmoid", seed: int = 0
 ) -> dict[int, BaftIntervention]:
-    """Interventions whose changes are larger than the hidden vectors of a tiny model."""
+    """Interventions whose changes are larger than the hidden vectors of a tiny model.
+
+    They are served by the reference, so that what is compared differs in nothing but where it was applied.
+    """
     generator = torch.Generator().manual_seed(seed)
     interventions = {}
     for layer in layers:
-        intervention = BaftIntervention(width, rank, gate_fn=gate_fn, generator=generator)
+        intervention = BaftIntervention(width, rank, gate_fn=gate_fn, backend="reference", generator=generator)
         with torch.no_grad():
             for parameter in (intervention.source, intervention.source_bias):
                 parameter += 2 * torch.randn(parameter.shape, generator=generator)

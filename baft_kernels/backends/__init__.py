@@ -1,43 +1,62 @@
-"""Which backend serves a call. Only the plain torch reference exists so far; the fused ones register here."""
+"""Which backend serves a call: the plain torch reference, or fused kernels for the device that h is on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-from baft_kernels.reference import BaftOutput, baft_reference
+from torch import Tensor
 
-__all__ = ["BACKENDS", "KNOWN_BACKENDS", "resolve_backend", "run_backend", "why_unusable"]
+from baft_kernels.backends.cpu import CpuBackend
+from baft_kernels.backends.protocol import Backend
 
-# Fastest first: "auto" takes the first one.
-BACKENDS: dict[str, Callable[..., BaftOutput]] = {"reference": baft_reference}
-KNOWN_BACKENDS = ("reference", "cpu", "triton", "cuda")
+__all__ = ["FUSED", "KNOWN_BACKENDS", "REFERENCE", "backend_of", "resolve_backend", "why_unusable"]
+
+REFERENCE = "reference"
+KNOWN_BACKENDS = (REFERENCE, "cpu", "triton", "cuda")
+
+# Fastest first: "auto" takes the first one that is usable and serves the call, and else the reference.
+FUSED: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(),)}
+
+
+def backend_of(name: str) -> Backend:
+    """The fused backend ``name``."""
+    return FUSED[name]
 
 
 def why_unusable(name: str) -> str | None:
     """Why this installation can't use the known backend ``name``; None if it can."""
-    return None if name in BACKENDS else "not part of this version"
+    if name == REFERENCE:
+        return None
+    return FUSED[name].why_unusable() if name in FUSED else "not part of this version"
 
 
-def resolve_backend(name: str = "auto") -> str:
+def resolve_backend(name: str = "auto", h: Tensor | None = None) -> str:
     """The backend that serves a call which asks for ``name``; ``BAFT_BACKEND`` overrides ``"auto"``.
 
+    Args:
+        name: ``"auto"`` or a backend.
+        h: the call's hidden vectors; None asks only whether ``name`` can be meant at all, and leaves ``"auto"`` open
+            between the fused backends and the reference: it is the first that is usable.
+
     Raises:
-        ValueError: if ``name`` isn't a backend, or is one that this installation doesn't have.
+        ValueError: if ``name`` isn't a backend, is one that this installation can't use, or can't serve ``h``.
     """
     asked, asker = name, "backend"
     if name == "auto":
         asked, asker = os.environ.get("BAFT_BACKEND") or "auto", "BAFT_BACKEND"
     if asked == "auto":
-        return next(iter(BACKENDS))
+        for backend in FUSED.values():
+            if backend.why_unusable() is None and (h is None or backend.why_not(h) is None):
+                return backend.name
+        return REFERENCE
     if asked not in KNOWN_BACKENDS:
         raise ValueError(f"{asker}: expected auto or one of {', '.join(KNOWN_BACKENDS)}, got {asked!r}")
+    if asked == REFERENCE:
+        return asked
     reason = why_unusable(asked)
     if reason is not None:
-        raise ValueError(f"{asker}: expected a usable one ({', '.join(BACKENDS)}), got {asked!r}: {reason}")
+        usable = ", ".join(known for known in KNOWN_BACKENDS if why_unusable(known) is None)
+        raise ValueError(f"{asker}: expected a usable one ({usable}), got {asked!r}: {reason}")
+    if h is not None and (reason := FUSED[asked].why_not(h)) is not None:
+        raise ValueError(f"{asker}: expected one that serves this call, got {asked!r}: {reason}")
     return asked
-
-
-def run_backend(name: str, *arguments: object) -> BaftOutput:
-    """Call the backend that serves ``name`` with the arguments of ``baft_reference``."""
-    return BACKENDS[resolve_backend(name)](*arguments)

@@ -1,0 +1,185 @@
+"""The C++ kernels of csrc/cpu: packing for them, and the calls."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baft_kernels.backends.protocol import Backend
+from baft_kernels.packing import Parameters, difference, packed
+
+__all__ = ["CpuBackend"]
+
+# As in csrc/cpu/kernels.h and op.h.
+_PANEL = 32
+_BLOCK = 64
+_GATES = ("sigmoid", "softmax", "none")
+
+_library = torch.library.Library("baft_kernels", "FRAGMENT")
+_library.define(
+    "cpu_forward(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? rows, Tensor projection,"
+    " Tensor basis, Tensor bias, int gate) -> ()"
+)
+_library.define(
+    "cpu_backward(Tensor grad_out, Tensor? grad_weights, Tensor? grad_update, Tensor h, Tensor weights, Tensor update,"
+    " Tensor? rows, Tensor basis, Tensor projection, int gate, Tensor(a!)? grad_h, Tensor(b!)? basis_gradient,"
+    " Tensor(c!)? source_gradient, Tensor(d!)? source_bias_gradient, Tensor(e!)? gate_gradient,"
+    " Tensor(f!)? gate_bias_gradient) -> ()"
+)
+
+
+def _load() -> str | None:
+    """Load the compiled library; what is wrong with it, or None."""
+    try:
+        importlib.import_module("baft_kernels._cpu")  # registers the operators
+    except ModuleNotFoundError:
+        return "csrc/ wasn't built: it takes a C++ compiler, ninja and torch's headers when the package is installed"
+    except ImportError as error:
+        return f"the compiled library doesn't load: {error}"
+    return None
+
+
+_PROBLEM = _load()  # at once: not while a call is traced
+
+
+# -- packing: layouts of csrc/cpu/kernels.h, for one parameter set or, with a leading axis, for each of several --
+
+
+class _ForwardPack(NamedTuple):
+    projection: Tensor
+    basis: Tensor
+    bias: Tensor
+
+
+class _BackwardPack(NamedTuple):
+    basis: Tensor
+    projection: Tensor
+
+
+def _panels(matrix: Tensor) -> Tensor:
+    """[..., k, d] as [..., panels, d, _PANEL]: what a projection on the rows of ``matrix`` reads."""
+    padded = F.pad(matrix, (0, 0, 0, -matrix.shape[-2] % _PANEL))
+    return padded.unflatten(-2, (-1, _PANEL)).mT.contiguous()
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    """[..., k, d] as [..., blocks, k, _BLOCK]: what a write-back of multiples of the rows of ``matrix`` reads."""
+    padded = F.pad(matrix, (0, -matrix.shape[-1] % _BLOCK))
+    return padded.unflatten(-1, (-1, _BLOCK)).transpose(-3, -2).contiguous()
+
+
+def _projection(parameters: Parameters) -> Tensor:
+    """D, and G below it where there is a gate: [..., r, d] or [..., 2r, d], in float32."""
+    d = difference(parameters)
+    return d if parameters.gate is None else torch.cat([d, parameters.gate.detach().float()], dim=-2)
+
+
+def _pack_forward(parameters: Parameters, _: torch.dtype) -> _ForwardPack:
+    biases = [bias.detach().float() for bias in (parameters.source_bias, parameters.gate_bias) if bias is not None]
+    basis = parameters.basis.detach().float()
+    return _ForwardPack(_panels(_projection(parameters)), _blocks(basis), torch.cat(biases, dim=-1))
+
+
+def _pack_backward(parameters: Parameters, _: torch.dtype) -> _BackwardPack:
+    return _BackwardPack(_panels(parameters.basis.detach().float()), _blocks(_projection(parameters)))
+
+
+# -- the calls --
+
+
+class CpuBackend(Backend):
+    """Serves float32, bfloat16 and float16 on the CPU; sums in float32, whatever the dtype."""
+
+    name = "cpu"
+
+    def why_unusable(self) -> str | None:
+        return _PROBLEM
+
+    def why_not(self, h: Tensor) -> str | None:
+        if h.device.type != "cpu":
+            return f"it serves tensors on the CPU, and h is on {h.device}"
+        if h.dtype == torch.float64:
+            return "it serves float32, bfloat16 and float16, and h is float64"
+        return None
+
+    def forward(
+        self,
+        h: Tensor,
+        parameters: Parameters,
+        rows: Tensor | None,
+        adapters: Tensor | None,
+        gate_fn: str,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = _without_gaps(h)
+        low = (h.shape[0], parameters.basis.shape[-2])
+        if rows is None:
+            out = h.new_empty(h.shape) if out is None else out
+            weights, update = h.new_empty(low, dtype=torch.float32), h.new_empty(low, dtype=torch.float32)
+        else:
+            out = h.clone(memory_format=torch.contiguous_format) if out is None else out
+            weights, update = h.new_zeros(low, dtype=torch.float32), h.new_zeros(low, dtype=torch.float32)
+        pack = packed(_pack_forward, parameters, torch.float32)
+        gate = _GATES.index(gate_fn)
+        for chosen, some in _by_set(rows, adapters, h.shape[0]):
+            of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)
+            torch.ops.baft_kernels.cpu_forward(h, out, weights, update, some, *of_set, gate)
+        return out, weights, update
+
+    def backward(
+        self,
+        incoming: tuple[Tensor, Tensor | None, Tensor | None],
+        h: Tensor,
+        weights: Tensor,
+        update: Tensor,
+        parameters: Parameters,
+        rows: Tensor | None,
+        adapters: Tensor | None,
+        gate_fn: str,
+        input_gradient: bool,
+        parameter_gradients: bool,
+    ) -> tuple[Tensor | None, Parameters | None]:
+        grad_out, grad_weights, grad_update = incoming
+        h, grad_out = _without_gaps(h), _without_gaps(grad_out)
+        aux = [None if gradient is None else gradient.contiguous() for gradient in (grad_weights, grad_update)]
+        of_h = None
+        if input_gradient:
+            of_h = h.new_empty(h.shape) if rows is None else grad_out.clone(memory_format=torch.contiguous_format)
+        gradients = None
+        if parameter_gradients:  # zeros are for the sets that no sequence uses
+            make = torch.empty_like if adapters is None else torch.zeros_like
+            gradients = Parameters(
+                *(
+                    None if value is None else make(value, dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+                    for value in parameters
+                )
+            )
+        pack = packed(_pack_backward, parameters, torch.float32)
+        gate = _GATES.index(gate_fn)
+        for chosen, some in _by_set(rows, adapters, h.shape[0]):
+            of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)
+            targets = (None,) * 5 if gradients is None else gradients if chosen is None else gradients.of_set(chosen)
+            torch.ops.baft_kernels.cpu_backward(grad_out, *aux, h, weights, update, some, *of_set, gate, of_h, *targets)
+        return of_h, gradients
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _by_set(rows: Tensor | None, adapters: Tensor | None, count: int) -> Iterator[tuple[int | None, Tensor | None]]:
+    """Each parameter set that is used (None without ``adapters``), with the rows it is used on (None for all)."""
+    if rows is not None and rows.dtype == torch.bool:
+        rows = rows.nonzero().flatten()
+    if adapters is None:
+        yield None, rows
+        return
+    each_row = adapters.repeat_interleave(count // max(1, adapters.numel()))
+    chosen = torch.arange(count) if rows is None else rows
+    for index in adapters.unique().tolist():
+        yield index, chosen[each_row[chosen] == index]

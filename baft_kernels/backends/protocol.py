@@ -1,0 +1,53 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from baft_kernels.packing import Parameters
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """Fused kernels for some device. All tensors are flat; ``rows`` and ``adapters`` are as in ``baft_kernels.ops``."""
+
+    name: str
+
+    @abstractmethod
+    def why_unusable(self) -> str | None:
+        """Why it can't be used in this installation or on this machine; None if it can."""
+
+    @abstractmethod
+    def why_not(self, h: Tensor) -> str | None:
+        """Why it can't serve a call on such an ``h``, though it is usable; None if it can."""
+
+    @abstractmethod
+    def forward(
+        self,
+        h: Tensor,
+        parameters: Parameters,
+        rows: Tensor | None,
+        adapters: Tensor | None,
+        gate_fn: str,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """out [T, d], w and u [T, r] float32; into ``out`` where it is given, which may be ``h`` itself."""
+
+    @abstractmethod
+    def backward(
+        self,
+        incoming: tuple[Tensor, Tensor | None, Tensor | None],
+        h: Tensor,
+        weights: Tensor,
+        update: Tensor,
+        parameters: Parameters,
+        rows: Tensor | None,
+        adapters: Tensor | None,
+        gate_fn: str,
+        input_gradient: bool,
+        parameter_gradients: bool,
+    ) -> tuple[Tensor | None, Parameters | None]:
+        """The gradients of h and of the parameters (float32), each if wanted, from those of out, w and u."""

@@ -1,0 +1,129 @@
+// The only file that knows torch: unpacks tensors, checks what the kernels take for granted, registers the operators.
+//
+// It uses torch's stable ABI, so that one build serves every torch from 2.11 on. The schemas are in
+// baft_kernels/backends/cpu.py.
+#include <optional>
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/op.h"
+
+namespace {
+
+using baft::cpu::Dtype;
+using baft::cpu::Gate;
+using baft::cpu::Matrix;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+Matrix matrix_of(const Tensor& x, int64_t rows, int64_t d) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == d, "expected a matrix of shape [T, d]");
+  STD_TORCH_CHECK(d == 1 || x.stride(1) == 1, "expected rows without gaps");
+  return {x.mutable_data_ptr(), x.stride(0), dtype_of(x)};
+}
+
+float* floats_of(const Tensor& x, int64_t count) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == count,
+                  "expected contiguous float32 of the right size");
+  return static_cast<float*>(x.mutable_data_ptr());
+}
+
+float* floats_of(const std::optional<Tensor>& x, int64_t count) { return x ? floats_of(*x, count) : nullptr; }
+
+baft::cpu::Rows rows_of(const std::optional<Tensor>& rows, int64_t all) {
+  if (!rows) return {nullptr, all};
+  STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Long && rows->dim() == 1 && rows->is_contiguous(),
+                  "expected contiguous int64 row numbers");
+  return {static_cast<const int64_t*>(rows->const_data_ptr()), rows->numel()};
+}
+
+int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+int64_t outputs_of(Gate gate, int64_t r) { return gate == Gate::none ? r : 2 * r; }
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
+             const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis, const Tensor& bias,
+             int64_t gate_number) {
+  const int64_t count = h.size(0), d = h.size(1), r = weights.size(1);
+  const Gate gate = static_cast<Gate>(gate_number);
+  baft::cpu::Forward call{};
+  call.h = matrix_of(h, count, d);
+  call.out = matrix_of(out, count, d);
+  STD_TORCH_CHECK(call.h.dtype == call.out.dtype, "expected h and out of one dtype");
+  call.rows = rows_of(rows, count);
+  call.d = d;
+  call.r = r;
+  call.gate = gate;
+  call.projection = floats_of(projection, padded(outputs_of(gate, r), baft::cpu::kPanel) * d);
+  call.basis = floats_of(basis, padded(d, baft::cpu::kBlock) * r);
+  call.bias = floats_of(bias, outputs_of(gate, r));
+  call.weights = floats_of(weights, count * r);
+  call.update = floats_of(update, count * r);
+  baft::cpu::forward(call, parallel_for);
+}
+
+void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
+              const std::optional<Tensor>& grad_update, const Tensor& h, const Tensor& weights, const Tensor& update,
+              const std::optional<Tensor>& rows, const Tensor& basis, const Tensor& projection, int64_t gate_number,
+              const std::optional<Tensor>& grad_h, const std::optional<Tensor>& basis_gradient,
+              const std::optional<Tensor>& source_gradient, const std::optional<Tensor>& source_bias_gradient,
+              const std::optional<Tensor>& gate_gradient, const std::optional<Tensor>& gate_bias_gradient) {
+  const int64_t count = h.size(0), d = h.size(1), r = weights.size(1);
+  const Gate gate = static_cast<Gate>(gate_number);
+  baft::cpu::Backward call{};
+  call.grad_out = matrix_of(grad_out, count, d);
+  call.h = matrix_of(h, count, d);
+  if (grad_h) call.grad_h = matrix_of(*grad_h, count, d);
+  STD_TORCH_CHECK(!grad_h || call.grad_h.dtype == call.grad_out.dtype, "expected gradients of one dtype");
+  call.rows = rows_of(rows, count);
+  call.d = d;
+  call.r = r;
+  call.gate = gate;
+  call.basis = floats_of(basis, padded(r, baft::cpu::kPanel) * d);
+  call.projection = floats_of(projection, padded(d, baft::cpu::kBlock) * outputs_of(gate, r));
+  call.weights = floats_of(weights, count * r);
+  call.update = floats_of(update, count * r);
+  call.grad_weights = floats_of(grad_weights, count * r);
+  call.grad_update = floats_of(grad_update, count * r);
+  call.basis_gradient = floats_of(basis_gradient, r * d);
+  call.source_gradient = floats_of(source_gradient, r * d);
+  call.source_bias_gradient = floats_of(source_bias_gradient, r);
+  call.gate_gradient = floats_of(gate_gradient, r * d);
+  call.gate_bias_gradient = floats_of(gate_bias_gradient, r);
+  baft::cpu::backward(call, parallel_for);
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CPU, library) {
+  library.impl("cpu_forward", TORCH_BOX(&forward));
+  library.impl("cpu_backward", TORCH_BOX(&backward));
+}
+
+// -- a Python module, so that setuptools builds it and finds it; importing it registers the operators --
+
+static PyObject* variant(PyObject*, PyObject*) { return PyUnicode_FromString(baft::cpu::kernels().name); }
+
+static PyMethodDef methods[] = {
+    {"variant", variant, METH_NOARGS, "The instruction set whose kernels run on this processor."}, {}};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }

@@ -1,0 +1,55 @@
+// The operator on the CPU: forward and backward over flat rows, by the kernels of the best variant.
+//
+// Formulas: baft_kernels/reference.py. Nothing here depends on the number of threads: sums are split by shape alone and
+// added in a fixed order, so that results are bitwise the same on any number of them.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace baft::cpu {
+
+enum class Gate : int64_t { sigmoid, softmax, none };
+
+// body(begin, end) for ranges that cover [0, count), maybe at the same time; each range of at least `grain`, if it can.
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context),
+                             void* context);
+
+// The rows to work on: rows[i], or i where rows is null.
+struct Rows {
+  const int64_t* rows;
+  int64_t count;
+};
+
+struct Forward {
+  Matrix h, out;           // [*, d]; may be the same
+  Rows rows;               // of h, out, weights and update
+  int64_t d, r;
+  Gate gate;
+  const float* projection; // panels of (D, G), or of D alone without a gate
+  const float* basis;      // blocks of R
+  const float* bias;       // b, then c
+  float* weights;          // w [*, r]
+  float* update;           // u [*, r]
+};
+
+struct Backward {
+  Matrix grad_out, h, grad_h;  // [*, d]; grad_h.data null: not wanted
+  Rows rows;
+  int64_t d, r;
+  Gate gate;
+  const float* basis;          // panels of R
+  const float* projection;     // blocks of (D, G), or of D alone
+  const float* weights;        // w [*, r]
+  const float* update;         // u [*, r]
+  const float* grad_weights;   // [*, r], or null
+  const float* grad_update;    // [*, r], or null
+  float *basis_gradient, *source_gradient, *gate_gradient; // [r, d]; source_gradient null: none is wanted
+  float *source_bias_gradient, *gate_bias_gradient;        // [r]
+};
+
+void forward(const Forward& call, ParallelFor parallel_for);
+void backward(const Backward& call, ParallelFor parallel_for);
+
+} // namespace baft::cpu
