@@ -88,13 +88,12 @@ def _backward(
     of_h, of_parameters = backend_of(backend).backward(
         incoming, h, weights, update, parameters, rows, adapters, gate_fn, input_gradient, parameter_gradients
     )
-    nothing = h.new_empty(0)
-    found = [nothing] * 5 if of_parameters is None else of_parameters
-    results = [
-        nothing if gradient is None or value is None else gradient.to(value.dtype)
+    found = (None,) * 5 if of_parameters is None else of_parameters
+    results = [  # a tensor of its own for each: outputs of an operator may not be one another
+        h.new_empty(0) if gradient is None or value is None else gradient.to(value.dtype)
         for gradient, value in zip(found, parameters, strict=True)
     ]
-    return (nothing if of_h is None else of_h, *results)  # type: ignore[return-value]
+    return (h.new_empty(0) if of_h is None else of_h, *results)  # type: ignore[return-value]
 
 
 for _name, _function in (("forward", _forward), ("forward_", _forward_), ("backward", _backward)):

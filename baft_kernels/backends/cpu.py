@@ -116,6 +116,9 @@ class CpuBackend(Backend):
         gate_fn: str,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if out is not None and _without_gaps(out) is not out:
+            dense, weights, update = self.forward(h, parameters, rows, adapters, gate_fn, None)
+            return out.copy_(dense), weights, update
         h = _without_gaps(h)
         low = (h.shape[0], parameters.basis.shape[-2])
         if rows is None:
