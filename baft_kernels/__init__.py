@@ -5,7 +5,7 @@
 It imports torch and nothing else; the editing pipeline is the package ``baft``.
 """
 
-from baft_kernels.functional import baft, baft_
+from baft_kernels.functional import baft, baft_, grouped_baft
 from baft_kernels.modules import BaftIntervention
 from baft_kernels.reference import BaftOutput
 from baft_kernels.stiefel import (
@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "baft",
     "baft_",
+    "grouped_baft",
     "orthonormal_basis",
     "orthonormality_error",
     "project_to_tangent",

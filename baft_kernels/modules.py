@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from baft_kernels.arguments import check_gate_fn
 from baft_kernels.backends import resolve_backend
-from baft_kernels.functional import baft, check_gate_fn
+from baft_kernels.functional import baft
 from baft_kernels.reference import BaftOutput
 from baft_kernels.stiefel import orthonormal_basis, retract_
 

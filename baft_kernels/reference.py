@@ -51,6 +51,8 @@ def baft_reference(
         gate_fn: ``"sigmoid"``, ``"softmax"`` (over the r bases) or ``"none"`` (w = 1).
         rows: boolean [...], the rows to edit, or None for all. Other rows keep their bits, have w = u = 0, and give the
             parameters no gradient, even if they hold NaN.
+
+    Every parameter may have a leading axis B: then h is [B, S, d], and each sequence has parameters of its own.
     """
     dtype = accumulation_dtype(h)
     # Autocast would run the products in half precision, whatever the dtypes of their operands.
@@ -59,12 +61,12 @@ def baft_reference(
         # Zeros stand in for the other rows, since a NaN there would reach the parameters' gradients as 0 * NaN.
         x = (h if rows is None else torch.where(rows.unsqueeze(-1), h, 0)).to(dtype)
         # (A - R) h, not A h - R h: a trained source is close to the basis, and the difference of products would cancel.
-        p = F.linear(x, source - basis, source_bias)
+        p = _linear(x, source - basis, source_bias)
         if gate_fn == "none":
             w = torch.ones_like(p)
         else:
             assert gate is not None and gate_bias is not None
-            z = F.linear(x, gate.to(dtype), gate_bias.to(dtype))
+            z = _linear(x, gate.to(dtype), gate_bias.to(dtype))
             w = torch.sigmoid(z) if gate_fn == "sigmoid" else torch.softmax(z, dim=-1)
         u = w * p
         out = (x + u @ basis).to(h.dtype)
@@ -72,3 +74,8 @@ def baft_reference(
         chosen = rows.unsqueeze(-1)
         w, u, out = torch.where(chosen, w, 0), torch.where(chosen, u, 0), torch.where(chosen, out, h)
     return BaftOutput(out, w, u)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x weight^T + bias``, for one weight [r, d] or for one of each sequence [B, r, d]."""
+    return F.linear(x, weight, bias) if weight.ndim == 2 else x @ weight.mT + bias.unsqueeze(-2)
