@@ -21,10 +21,9 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, d], w [T, r] and u [T, r] of the operator, with a gradient where one is wanted; arguments: ``ops``."""
     wanted = torch.is_grad_enabled() and (h.requires_grad or any(p is not None and p.requires_grad for p in parameters))
-    if not wanted:
-        result: tuple[Tensor, Tensor, Tensor] = ops.forward(h, *parameters, rows, adapters, gate_fn, backend)
-        return result
-    return _Baft.apply(h, *parameters, rows, adapters, gate_fn, backend)
+    if wanted:
+        return _Baft.apply(h, *parameters, rows, adapters, gate_fn, backend)
+    return ops.forward(h, parameters, rows, adapters, gate_fn, backend)
 
 
 class _Baft(torch.autograd.Function):
@@ -42,9 +41,9 @@ class _Baft(torch.autograd.Function):
         gate_fn: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = (basis, source, source_bias, gate, gate_bias, rows, adapters)
-        out, weights, update = ops.forward(h, *call, gate_fn, backend)
-        ctx.save_for_backward(h, weights, update, *call)
+        parameters = Parameters(basis, source, source_bias, gate, gate_bias)
+        out, weights, update = ops.forward(h, parameters, rows, adapters, gate_fn, backend)
+        ctx.save_for_backward(h, weights, update, *parameters, rows, adapters)
         ctx.gate_fn, ctx.backend = gate_fn, backend
         ctx.set_materialize_grads(False)
         if gate_fn == "none":
@@ -54,18 +53,17 @@ class _Baft(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, grad_update: Tensor | None) -> Any:
-        h, weights, update, *call = ctx.saved_tensors
+        h, weights, update, *parameters, rows, adapters = ctx.saved_tensors
         input_gradient, parameter_gradients = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:6])
         if grad_out is None:
             grad_out = torch.zeros_like(h)
+        incoming = (grad_out, grad_weights, grad_update)
         gradients = ops.backward(
-            grad_out,
-            grad_weights,
-            grad_update,
-            h,
-            weights,
-            update,
-            *call,
+            incoming,
+            (h, weights, update),
+            Parameters(*parameters),
+            rows,
+            adapters,
             ctx.gate_fn,
             ctx.backend,
             input_gradient,

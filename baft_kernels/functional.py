@@ -102,6 +102,8 @@ def _flattened(
     h: Tensor, parameters: Parameters, rows: Tensor | None, adapters: Tensor | None, gate_fn: str, serving: str
 ) -> BaftOutput:
     """The operator on h of any rank: it only knows rows."""
+    if h.ndim == 2:
+        return BaftOutput(*fused(h, parameters, rows, adapters, gate_fn, serving))
     flat_rows = None if rows is None else rows.reshape(-1)
     out, weights, update = fused(h.reshape(-1, h.shape[-1]), parameters, flat_rows, adapters, gate_fn, serving)
     low = (*h.shape[:-1], parameters.basis.shape[-2])
@@ -144,9 +146,9 @@ def baft_(
         flat = h.view(-1, h.shape[-1])
     except RuntimeError:  # no view has these rows: work on a copy
         flat = h.reshape(-1, h.shape[-1])
-        ops.forward_(flat, *parameters, flat_rows, None, gate_fn, serving)
+        ops.forward_(flat, parameters, flat_rows, None, gate_fn, serving)
         return h.copy_(flat.view(h.shape))
-    ops.forward_(flat, *parameters, flat_rows, None, gate_fn, serving)
+    ops.forward_(flat, parameters, flat_rows, None, gate_fn, serving)
     return h
 
 

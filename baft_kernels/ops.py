@@ -14,7 +14,7 @@ from torch import Tensor
 from baft_kernels.backends import backend_of
 from baft_kernels.packing import Parameters
 
-__all__ = ["backward", "forward", "forward_"]
+__all__ = ["backward", "forward", "forward_", "library"]
 
 _PARAMETERS = "Tensor basis, Tensor source, Tensor source_bias, Tensor? gate, Tensor? gate_bias"
 _CALL = f"{_PARAMETERS}, Tensor? rows, Tensor? adapters, str gate_fn, str backend"
@@ -120,6 +120,50 @@ def _(grad_out: Tensor, _w: object, _u: object, h: Tensor, _1: object, _2: objec
     )
 
 
-forward = torch.ops.baft_kernels.forward.default
-forward_ = torch.ops.baft_kernels.forward_.default
-backward = torch.ops.baft_kernels.backward.default
+# -- calls of the operators --
+
+
+def forward(
+    h: Tensor, parameters: Parameters, rows: Tensor | None, adapters: Tensor | None, gate_fn: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward operator, called directly where nothing watches: the dispatcher would take longer than one row."""
+    if _is_watched(h):
+        return torch.ops.baft_kernels.forward.default(h, *parameters, rows, adapters, gate_fn, backend)
+    return backend_of(backend).forward(h, parameters, rows, adapters, gate_fn, None)
+
+
+def forward_(
+    h: Tensor, parameters: Parameters, rows: Tensor | None, adapters: Tensor | None, gate_fn: str, backend: str
+) -> None:
+    """The forward operator in place on h."""
+    if _is_watched(h):
+        torch.ops.baft_kernels.forward_.default(h, *parameters, rows, adapters, gate_fn, backend)
+    else:
+        backend_of(backend).forward(h, parameters, rows, adapters, gate_fn, h)
+        torch.autograd.graph.increment_version(h)
+
+
+def backward(
+    incoming: tuple[Tensor, Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor],
+    parameters: Parameters,
+    rows: Tensor | None,
+    adapters: Tensor | None,
+    gate_fn: str,
+    backend: str,
+    input_gradient: bool,
+    parameter_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward operator: gradients of h and the parameters, from those of out, w and u, and from h, w and u."""
+    call = (*incoming, *saved, *parameters, rows, adapters, gate_fn, backend, input_gradient, parameter_gradients)
+    return (torch.ops.baft_kernels.backward.default if _is_watched(saved[0]) else _backward)(*call)
+
+
+def _is_watched(h: Tensor) -> bool:
+    """Whether something traces or intercepts operators: a compiler, a mode, a transform, or a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or type(h) not in (Tensor, torch.nn.Parameter)
+    )

@@ -32,10 +32,23 @@ class Parameters(NamedTuple):
         return Parameters(*(None if value is None else value[index] for value in self))  # type: ignore[arg-type]
 
 
-class _Entry(NamedTuple):
-    tensors: tuple[weakref.ref[Tensor] | None, ...]
-    versions: tuple[tuple[int, int] | None, ...]
-    pack: Any
+class _Entry:
+    """A pack, and the tensors it was made of as they were then."""
+
+    def __init__(self, parameters: Parameters, pack: Any, forget: Callable[[object], None]) -> None:
+        self.tensors = [None if value is None else weakref.ref(value, forget) for value in parameters]
+        self.versions = [None if value is None else (value._version, value.data_ptr()) for value in parameters]
+        self.pack = pack
+
+    def holds(self, parameters: Parameters) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        for value, reference, version in zip(parameters, self.tensors, self.versions, strict=True):
+            if reference is None or value is None:
+                if value is not reference:
+                    return False
+            elif reference() is not value or version != (value._version, value.data_ptr()):
+                return False
+        return True
 
 
 # By the identity of the basis, the layout and, on a GPU, the stream; an entry goes when one of its tensors does.
@@ -49,43 +62,27 @@ def packed(pack: Callable[[Parameters, torch.dtype], P], parameters: Parameters,
     one. A change through ``.data`` isn't counted, here as there. While a CUDA graph is captured, parameters that
     require grad are packed anew, so that the packing is part of the graph and a replay sees their values of that time.
     """
-    stream = _stream(parameters.basis)
-    if any(value is not None and value.is_inference() for value in parameters) or _repacked_in_graph(parameters):
-        return pack(parameters, dtype)
+    stream = 0
+    if parameters.basis.is_cuda:
+        # What is packed on one stream isn't ready on another: each has its own.
+        stream = torch.cuda.current_stream(parameters.basis.device).cuda_stream
+        if torch.cuda.is_current_stream_capturing() and any(p is not None and p.requires_grad for p in parameters):
+            return pack(parameters, dtype)
     key = (id(parameters.basis), pack, dtype, stream)
-    versions = tuple(None if value is None else (value._version, value.data_ptr()) for value in parameters)
     entry = _entries.get(key)
-    if entry is not None and entry.versions == versions and _are(entry.tensors, parameters):
-        pack_made: P = entry.pack
-        return pack_made
+    if entry is not None and entry.holds(parameters):
+        known: P = entry.pack
+        return known
     made = pack(parameters, dtype)
+    if not any(value is not None and value.is_inference() for value in parameters):  # those have no versions
 
-    def forget(_: object) -> None:
-        _entries.pop(key, None)
+        def forget(_: object) -> None:
+            _entries.pop(key, None)
 
-    references = tuple(None if value is None else weakref.ref(value, forget) for value in parameters)
-    _entries[key] = _Entry(references, versions, made)
+        _entries[key] = _Entry(parameters, made, forget)
     return made
 
 
 def difference(parameters: Parameters) -> Tensor:
     """D = A - R in float32."""
     return parameters.source.detach().float() - parameters.basis.detach().float()
-
-
-def _are(references: tuple[weakref.ref[Tensor] | None, ...], parameters: Parameters) -> bool:
-    return all(
-        value is None if reference is None else reference() is value
-        for reference, value in zip(references, parameters, strict=True)
-    )
-
-
-def _stream(tensor: Tensor) -> int:
-    """What is packed on one stream isn't ready on another: each has its own."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-
-
-def _repacked_in_graph(parameters: Parameters) -> bool:
-    if not parameters.basis.is_cuda or not torch.cuda.is_current_stream_capturing():
-        return False
-    return any(value is not None and value.requires_grad for value in parameters)

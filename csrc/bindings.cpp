@@ -3,6 +3,7 @@
 // It uses torch's stable ABI, so that one build serves every torch from 2.11 on. The schemas are in
 // baft_kernels/backends/cpu.py.
 #include <optional>
+#include <tuple>
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -58,9 +59,9 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
-             const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis, const Tensor& bias,
-             int64_t gate_number) {
+void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
+                 const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis, const Tensor& bias,
+                 int64_t gate_number) {
   const int64_t count = h.size(0), d = h.size(1), r = weights.size(1);
   const Gate gate = static_cast<Gate>(gate_number);
   baft::cpu::Forward call{};
@@ -77,6 +78,27 @@ void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Te
   call.weights = floats_of(weights, count * r);
   call.update = floats_of(update, count * r);
   baft::cpu::forward(call, parallel_for);
+}
+
+// A contiguous matrix on the CPU; torch::stable::new_empty goes through the dispatcher, and takes several times longer.
+Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// All rows, into new tensors: three allocations and a call from Python would take longer than the work on one row.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& h, const Tensor& projection, const Tensor& basis,
+                                           const Tensor& bias, int64_t gate_number) {
+  const int64_t count = h.size(0), d = h.size(1);
+  const int64_t r = static_cast<Gate>(gate_number) == Gate::none ? bias.numel() : bias.numel() / 2;
+  const Tensor out = new_matrix(count, d, h.scalar_type());
+  const Tensor weights = new_matrix(count, r, ScalarType::Float), update = new_matrix(count, r, ScalarType::Float);
+  forward_out(h, out, weights, update, std::nullopt, projection, basis, bias, gate_number);
+  return {out, weights, update};
 }
 
 void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
@@ -114,6 +136,7 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
 
 STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&forward));
+  library.impl("cpu_forward_out", TORCH_BOX(&forward_out));
   library.impl("cpu_backward", TORCH_BOX(&backward));
 }
 

@@ -17,6 +17,7 @@ from baft_kernels.reference import GATE_FNS
 
 _REASON = why_unusable("cpu")
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the cpu backend: {_REASON}")
+OPERATORS = torch.ops.baft_kernels
 
 
 def arguments(call: Call, *, adapters: Tensor | None = None) -> tuple[Any, ...]:
@@ -41,8 +42,8 @@ def test_opcheck_of_the_forward(gate_fn: str, layout: str, rows: str | None) -> 
     chosen = {None: None, "mask": torch.arange(5) % 2 == 0, "list": torch.tensor([4, 0])}[rows]
     call = draw_call((5,), 20, 3, gate_fn=gate_fn, rows=chosen)
     call = call._replace(h=layouts(call.h)[layout])
-    torch.library.opcheck(ops.forward, arguments(call))
-    torch.library.opcheck(ops.forward_, arguments(call._replace(h=call.h.clone())))
+    torch.library.opcheck(OPERATORS.forward.default, arguments(call))
+    torch.library.opcheck(OPERATORS.forward_.default, arguments(call._replace(h=call.h.clone())))
 
 
 @pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
@@ -50,11 +51,11 @@ def test_opcheck_of_the_forward(gate_fn: str, layout: str, rows: str | None) -> 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_backward(gate_fn: str, layout: str, wanted: tuple[bool, bool]) -> None:
     call = draw_call((5,), 20, 3, gate_fn=gate_fn)
-    _, weights, update = ops.forward(*arguments(call))
+    _, weights, update = OPERATORS.forward(*arguments(call))
     gradient = layouts(torch.randn(5, 20))[layout]
     for aux in ((None, None), (torch.randn(5, 3), torch.randn(3, 5).t())):
         outer = (gradient, *aux, layouts(call.h)[layout], weights, update)
-        torch.library.opcheck(ops.backward, (*outer, *arguments(call)[1:], *wanted))
+        torch.library.opcheck(OPERATORS.backward.default, (*outer, *arguments(call)[1:], *wanted))
 
 
 # -- compiling --

@@ -22,7 +22,10 @@ _GATES = ("sigmoid", "softmax", "none")
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
-    "cpu_forward(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? rows, Tensor projection,"
+    "cpu_forward(Tensor h, Tensor projection, Tensor basis, Tensor bias, int gate) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "cpu_forward_out(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? rows, Tensor projection,"
     " Tensor basis, Tensor bias, int gate) -> ()"
 )
 _library.define(
@@ -120,6 +123,10 @@ class CpuBackend(Backend):
             dense, weights, update = self.forward(h, parameters, rows, adapters, gate_fn, None)
             return out.copy_(dense), weights, update
         h = _without_gaps(h)
+        pack = packed(_pack_forward, parameters, torch.float32)
+        gate = _GATES.index(gate_fn)
+        if rows is None and adapters is None and out is None:
+            return torch.ops.baft_kernels.cpu_forward.default(h, *pack, gate)
         low = (h.shape[0], parameters.basis.shape[-2])
         if rows is None:
             out = h.new_empty(h.shape) if out is None else out
@@ -127,11 +134,9 @@ class CpuBackend(Backend):
         else:
             out = h.clone(memory_format=torch.contiguous_format) if out is None else out
             weights, update = h.new_zeros(low, dtype=torch.float32), h.new_zeros(low, dtype=torch.float32)
-        pack = packed(_pack_forward, parameters, torch.float32)
-        gate = _GATES.index(gate_fn)
         for chosen, some in _by_set(rows, adapters, h.shape[0]):
             of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)
-            torch.ops.baft_kernels.cpu_forward(h, out, weights, update, some, *of_set, gate)
+            torch.ops.baft_kernels.cpu_forward_out(h, out, weights, update, some, *of_set, gate)
         return out, weights, update
 
     def backward(
