@@ -10,9 +10,9 @@ import torch
 from fake_backend import FakeBackend
 from torch import nn
 
-from baft_kernels import BaftIntervention, BaftOutput, baft, orthonormality_error
+from baft_kernels import BaftIntervention, baft, orthonormality_error
 from baft_kernels.backends import FUSED
-from baft_kernels.reference import GATE_FNS, baft_reference
+from baft_kernels.reference import GATE_FNS
 
 GATED = ("sigmoid", "softmax")
 
