@@ -17,11 +17,7 @@ import contextlib
 import io
 import itertools
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +31,15 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
 from op_calls import Call  # noqa: E402  # after the folders of this checkout are known
+from report import RESULTS, markdown, provenance  # noqa: E402
 from timing import PAST_CACHES, Spread, Work, interleaved  # noqa: E402
 from tolerance import assert_accurate  # noqa: E402
 from variants import RIVALS, Case, Operands, Variant, draw, fused_backends, op_on  # noqa: E402
 
-import baft_kernels  # noqa: E402
 from baft_kernels import BaftOutput, baft  # noqa: E402
 
-RESULTS = HERE / "results"
 COPY = "copy"
+HEADER = ["case", "variant", "µs", "p20", "p80", "MB", "GB/s", "of copy", "times eager"]
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "cpu": {"rows": [1, 16, 256, 2048], "d": [768, 4096], "r": [16], "dtypes": ["float32", "bfloat16"]},
     "cuda": {"rows": [1, 16, 256, 4096, 32768, 131072], "d": [4096], "r": [8, 16, 32], "dtypes": ["bfloat16"]},
@@ -156,7 +152,7 @@ def _problem(case: Case, operands: Operands, backend: str, device: torch.device)
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table("case", "variant", "µs", "p20", "p80", "MB", "GB/s", "of copy", "times eager")
+    table = Table(*HEADER)
     for case, of_case in itertools.groupby(rows, lambda row: row.case):
         for cells in _cells(case, list(of_case)):
             table.add_row(*cells)
@@ -184,13 +180,10 @@ def save(name: str, rows: list[Row], device: torch.device) -> list[Path]:
     about = provenance(device)
     report = {**about, "rows": [_plain(row) for row in rows]}
     paths[0].write_text(json.dumps(report, indent=1) + "\n")
-    table = table_of(rows)
-    lines = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    lines = [HEADER]
     for case, of_case in itertools.groupby(rows, lambda row: row.case):
         lines += _cells(case, list(of_case))
-    made = f"`{about['command']}`, commit {about['commit']}, {about['device']}, {about['threads']} threads"
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    paths[1].write_text(f"{text}\n\n{made}, torch {about['versions']['torch']}, {about['date']}.\n")
+    paths[1].write_text(markdown(lines, about))
     plot(rows, about, paths[2])
     return paths
 
@@ -203,30 +196,6 @@ def _plain(row: Row) -> dict[str, Any]:
         "seconds": asdict(row.spread) if row.spread else None,
         "problem": row.problem,
     }
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where, when and of what a result was made."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": described.stdout.strip() or os.environ.get("BAFT_COMMIT"),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "baft_kernels": baft_kernels.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "cuda": torch.version.cuda,
-        },
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Where, when and of what a result was made; and tables as Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import baft_kernels
+
+__all__ = ["RESULTS", "markdown", "provenance"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Command, commit, date, device and versions; a checkout without git says its commit in ``BAFT_COMMIT``."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": described.stdout.strip() or os.environ.get("BAFT_COMMIT"),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "baft_kernels": baft_kernels.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
+    """A table, its first row the header, and a line that says where it comes from."""
+    header, *body = rows
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+    where = (
+        f"commit {about['commit']}, {about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
+    )
+    return f"{table}\n\n`{about['command']}`, {where}, {about['date']}.\n"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
