@@ -120,13 +120,11 @@ def _work(case: Case, variant: Variant, inputs: Tensor, operands: Operands) -> W
         return forward
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     gradient = torch.randn_like(inputs[0])
-    parameters = [*operands.masters, *operands.copies]
+    # Each variant differentiates what it uses; gradients are returned, not added up.
+    used = operands.copies if variant in RIVALS.values() and variant is not RIVALS["tuned eager"] else operands.masters
 
-    def training(number: int) -> None:
-        variant(leaves[number], operands).backward(gradient)
-        leaves[number].grad = None
-        for parameter in parameters:
-            parameter.grad = None
+    def training(number: int) -> object:
+        return torch.autograd.grad(variant(leaves[number], operands), [leaves[number], *used], gradient)
 
     return training
 

@@ -5,6 +5,10 @@
 #include <optional>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -80,6 +84,17 @@ void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, cons
   baft::cpu::forward(call, parallel_for);
 }
 
+// Large memory comes fresh from the system, which hands it over page by page as it is written: at 4 KiB a page that takes
+// longer than the writing. Where the system leaves the choice to programs, ask for pages of 2 MiB.
+void ask_for_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  if (end > first + kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A contiguous matrix on the CPU; torch::stable::new_empty goes through the dispatcher, and takes several times longer.
 Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
@@ -87,15 +102,19 @@ Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides,
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor matrix(handle);
+  ask_for_huge_pages(matrix.mutable_data_ptr(), rows * columns * matrix.element_size());
+  return matrix;
 }
+
+Tensor new_like(const Tensor& h) { return new_matrix(h.size(0), h.size(1), h.scalar_type()); }
 
 // All rows, into new tensors: three allocations and a call from Python would take longer than the work on one row.
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& h, const Tensor& projection, const Tensor& basis,
                                            const Tensor& bias, int64_t gate_number) {
-  const int64_t count = h.size(0), d = h.size(1);
+  const int64_t count = h.size(0);
   const int64_t r = static_cast<Gate>(gate_number) == Gate::none ? bias.numel() : bias.numel() / 2;
-  const Tensor out = new_matrix(count, d, h.scalar_type());
+  const Tensor out = new_like(h);
   const Tensor weights = new_matrix(count, r, ScalarType::Float), update = new_matrix(count, r, ScalarType::Float);
   forward_out(h, out, weights, update, std::nullopt, projection, basis, bias, gate_number);
   return {out, weights, update};
@@ -138,6 +157,7 @@ STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&forward));
   library.impl("cpu_forward_out", TORCH_BOX(&forward_out));
   library.impl("cpu_backward", TORCH_BOX(&backward));
+  library.impl("cpu_empty_like", TORCH_BOX(&new_like));
 }
 
 // -- a Python module, so that setuptools builds it and finds it; importing it registers the operators --
@@ -149,4 +169,9 @@ static PyMethodDef methods[] = {
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject* made = PyModule_Create(&module);
+  // baft_kernels/backends/cpu.py asks for this number: a library left over from another version must not be called.
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 1);
+  return made;
+}

@@ -19,6 +19,7 @@ __all__ = ["CpuBackend"]
 _PANEL = 32
 _BLOCK = 64
 _GATES = ("sigmoid", "softmax", "none")
+_INTERFACE = 1
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -28,6 +29,7 @@ _library.define(
     "cpu_forward_out(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? rows, Tensor projection,"
     " Tensor basis, Tensor bias, int gate) -> ()"
 )
+_library.define("cpu_empty_like(Tensor h) -> Tensor")
 _library.define(
     "cpu_backward(Tensor grad_out, Tensor? grad_weights, Tensor? grad_update, Tensor h, Tensor weights, Tensor update,"
     " Tensor? rows, Tensor basis, Tensor projection, int gate, Tensor(a!)? grad_h, Tensor(b!)? basis_gradient,"
@@ -39,11 +41,15 @@ _library.define(
 def _load() -> str | None:
     """Load the compiled library; what is wrong with it, or None."""
     try:
-        importlib.import_module("baft_kernels._cpu")  # registers the operators
+        library = importlib.import_module("baft_kernels._cpu")  # registers the operators
     except ModuleNotFoundError:
         return "csrc/ wasn't built: it takes a C++ compiler, ninja and torch's headers when the package is installed"
     except ImportError as error:
         return f"the compiled library doesn't load: {error}"
+    if library.INTERFACE != _INTERFACE:
+        return (
+            f"the compiled library is of another version ({library.INTERFACE}, expected {_INTERFACE}): build it again"
+        )
     return None
 
 
@@ -157,7 +163,11 @@ class CpuBackend(Backend):
         aux = [None if gradient is None else gradient.contiguous() for gradient in (grad_weights, grad_update)]
         of_h = None
         if input_gradient:
-            of_h = h.new_empty(h.shape) if rows is None else grad_out.clone(memory_format=torch.contiguous_format)
+            of_h = (
+                torch.ops.baft_kernels.cpu_empty_like(h)
+                if rows is None
+                else grad_out.clone(memory_format=torch.contiguous_format)
+            )
         gradients = None
         if parameter_gradients:  # zeros are for the sets that no sequence uses
             make = torch.empty_like if adapters is None else torch.zeros_like

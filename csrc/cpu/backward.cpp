@@ -91,17 +91,18 @@ void backward(const Backward& call, ParallelFor parallel_for) {
       }
     }
     if (!wants_parameters) return;
-    for (int64_t block = first_block; block < end_block; ++block) {
-      const float* sum = sums.data() + (block - first_block) * stride * kBlock;
-      const int64_t column = block * kBlock, width = std::min(kBlock, d - column);
-      for (int64_t j = 0; j < r; ++j)
-        for (int64_t i = 0; i < width; ++i) {
-          const float difference = sum[j * kBlock + i];
-          call.source_gradient[j * d + column + i] = difference;
-          call.basis_gradient[j * d + column + i] = sum[(inputs + j) * kBlock + i] - difference;
-          if (call.gate != Gate::none) call.gate_gradient[j * d + column + i] = sum[(r + j) * kBlock + i];
-        }
-    }
+    for (int64_t j = 0; j < r; ++j) // a row of a gradient at a time: the blocks of a strip lie side by side in it
+      for (int64_t block = first_block; block < end_block; ++block) {
+        const float* sum = sums.data() + (block - first_block) * stride * kBlock;
+        const int64_t column = block * kBlock, width = std::min(kBlock, d - column);
+        const float *difference = sum + j * kBlock, *basis = sum + (inputs + j) * kBlock;
+        std::copy(difference, difference + width, call.source_gradient + j * d + column);
+        float* of_basis = call.basis_gradient + j * d + column;
+        for (int64_t i = 0; i < width; ++i) of_basis[i] = basis[i] - difference[i];
+        if (call.gate == Gate::none) continue;
+        const float* gate = sum + (r + j) * kBlock;
+        std::copy(gate, gate + width, call.gate_gradient + j * d + column);
+      }
   };
   // A strip's width changes nothing but the order of the work.
   const int64_t grain = std::max<int64_t>(1, Projection::kGrainWork / (count * stride * kBlock + 1));

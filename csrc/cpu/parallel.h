@@ -38,13 +38,13 @@ struct TileRows {
 struct Projection {
   static constexpr int64_t kTasks = 16;      // pieces of work that are enough for the processors of today
   static constexpr int64_t kMinWidth = 512;  // columns below which a piece isn't worth a thread
-  static constexpr int64_t kGrainWork = 1 << 18; // multiplications below which a thread isn't
+  static constexpr int64_t kGrainWork = 1 << 16; // multiplications below which a thread isn't
 
   int64_t tile_rows, tiles, splits, width, outputs, panels, d;
 
-  Projection(int64_t rows, int64_t d, int64_t outputs, int64_t tile_rows)
-      : tile_rows(tile_rows), tiles(ceil_div(rows, tile_rows)), outputs(outputs), panels(ceil_div(outputs, kPanel)),
-        d(d) {
+  Projection(int64_t rows, int64_t d, int64_t outputs, int64_t most_rows)
+      : tiles(ceil_div(rows, most_rows)), outputs(outputs), panels(ceil_div(outputs, kPanel)), d(d) {
+    tile_rows = ceil_div(rows, std::max<int64_t>(tiles, 1)); // tiles alike: the threads get equal shares
     const int64_t wanted = std::min(ceil_div(kTasks, std::max<int64_t>(tiles, 1)), ceil_div(d, kMinWidth));
     width = ceil_div(ceil_div(d, wanted), kBlock) * kBlock;
     splits = ceil_div(d, width);
