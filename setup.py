@@ -30,12 +30,16 @@ COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidd
 # GCC warns about its own AVX-512 headers (its bug 105593).
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-missing-field-initializers"]
 VARIANTS = {
+    "csrc/cpu/avx512bf16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"],
     "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"],
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("forward", "backward", "dispatch", "avx512", "avx2", "portable")),
+    *(
+        f"csrc/cpu/{name}.cpp"
+        for name in ("forward", "backward", "dispatch", "avx512bf16", "avx512", "avx2", "portable")
+    ),
 ]
 
 

@@ -48,14 +48,24 @@ float* floats_of(const Tensor& x, int64_t count) {
 
 float* floats_of(const std::optional<Tensor>& x, int64_t count) { return x ? floats_of(*x, count) : nullptr; }
 
+int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Panels or blocks of `units` columns or rows times `inner`, which pairs pad to an even number; see cpu/kernels.h.
+baft::cpu::Packed packed_of(const Tensor& x, Dtype of_matrix, int64_t units, int64_t inner) {
+  const bool pairs = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!pairs || (baft::cpu::kernels().pairs && of_matrix == Dtype::bfloat16), "expected float32 parameters");
+  STD_TORCH_CHECK((pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous() &&
+                      x.numel() == units * (pairs ? padded(inner, 2) : inner),
+                  "expected packed parameters of the right size");
+  return {x.mutable_data_ptr(), pairs};
+}
+
 baft::cpu::Rows rows_of(const std::optional<Tensor>& rows, int64_t all) {
   if (!rows) return {nullptr, all};
   STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Long && rows->dim() == 1 && rows->is_contiguous(),
                   "expected contiguous int64 row numbers");
   return {static_cast<const int64_t*>(rows->const_data_ptr()), rows->numel()};
 }
-
-int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 int64_t outputs_of(Gate gate, int64_t r) { return gate == Gate::none ? r : 2 * r; }
 
@@ -76,8 +86,8 @@ void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, cons
   call.d = d;
   call.r = r;
   call.gate = gate;
-  call.projection = floats_of(projection, padded(outputs_of(gate, r), baft::cpu::kPanel) * d);
-  call.basis = floats_of(basis, padded(d, baft::cpu::kBlock) * r);
+  call.projection = packed_of(projection, call.h.dtype, padded(outputs_of(gate, r), baft::cpu::kPanel), d);
+  call.basis = packed_of(basis, call.h.dtype, padded(d, baft::cpu::kBlock), r);
   call.bias = floats_of(bias, outputs_of(gate, r));
   call.weights = floats_of(weights, count * r);
   call.update = floats_of(update, count * r);
@@ -137,8 +147,9 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
   call.d = d;
   call.r = r;
   call.gate = gate;
-  call.basis = floats_of(basis, padded(r, baft::cpu::kPanel) * d);
-  call.projection = floats_of(projection, padded(d, baft::cpu::kBlock) * outputs_of(gate, r));
+  call.basis = packed_of(basis, call.h.dtype, padded(r, baft::cpu::kPanel), d);
+  call.projection = packed_of(projection, call.h.dtype, padded(d, baft::cpu::kBlock), outputs_of(gate, r));
+  STD_TORCH_CHECK(!call.basis.pairs || outputs_of(gate, r) <= baft::cpu::kMostPairs, "expected fewer bases for pairs");
   call.weights = floats_of(weights, count * r);
   call.update = floats_of(update, count * r);
   call.grad_weights = floats_of(grad_weights, count * r);
@@ -164,14 +175,18 @@ STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CPU, library) {
 
 static PyObject* variant(PyObject*, PyObject*) { return PyUnicode_FromString(baft::cpu::kernels().name); }
 
+static PyObject* pairs(PyObject*, PyObject*) { return PyBool_FromLong(baft::cpu::kernels().pairs); }
+
 static PyMethodDef methods[] = {
-    {"variant", variant, METH_NOARGS, "The instruction set whose kernels run on this processor."}, {}};
+    {"variant", variant, METH_NOARGS, "The instruction set whose kernels run on this processor."},
+    {"pairs", pairs, METH_NOARGS, "Whether they take parameters in pairs of bfloat16."},
+    {}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* made = PyModule_Create(&module);
   // baft_kernels/backends/cpu.py asks for this number: a library left over from another version must not be called.
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 1);
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 2);
   return made;
 }

@@ -179,7 +179,7 @@ def test_calls_from_several_threads_do_not_meet() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("variant", ["avx2", "portable"])
+@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
 def test_the_other_instruction_sets(variant: str) -> None:
     environment = {**os.environ, "BAFT_CPU_VARIANT": variant, "OMP_NUM_THREADS": "1"}
     which = "test_it_is_accurate and 63 and (96 or 2048) or over_many_rows or keep_their_bits"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ __all__ = ["CpuBackend"]
 _PANEL = 32
 _BLOCK = 64
 _GATES = ("sigmoid", "softmax", "none")
-_INTERFACE = 1
+_MOST_PAIRS = 256
+_INTERFACE = 2
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -53,6 +55,10 @@ def _load() -> str | None:
     return None
 
 
+def _pairs() -> bool:
+    return bool(sys.modules["baft_kernels._cpu"].pairs())
+
+
 _PROBLEM = _load()  # at once: not while a call is traced
 
 
@@ -70,16 +76,22 @@ class _BackwardPack(NamedTuple):
     projection: Tensor
 
 
-def _panels(matrix: Tensor) -> Tensor:
-    """[..., k, d] as [..., panels, d, _PANEL]: what a projection on the rows of ``matrix`` reads."""
-    padded = F.pad(matrix, (0, 0, 0, -matrix.shape[-2] % _PANEL))
-    return padded.unflatten(-2, (-1, _PANEL)).mT.contiguous()
+def _panels(matrix: Tensor, pairs: bool) -> Tensor:
+    """[..., k, d] as [..., panels, d, _PANEL], or [..., panels, d / 2, _PANEL, 2]: for a projection on its rows."""
+    padded = F.pad(matrix, (0, matrix.shape[-1] % 2 if pairs else 0, 0, -matrix.shape[-2] % _PANEL))
+    panels = padded.unflatten(-2, (-1, _PANEL))
+    if not pairs:
+        return panels.mT.contiguous()
+    return panels.unflatten(-1, (-1, 2)).transpose(-3, -2).to(torch.bfloat16, memory_format=torch.contiguous_format)
 
 
-def _blocks(matrix: Tensor) -> Tensor:
-    """[..., k, d] as [..., blocks, k, _BLOCK]: what a write-back of multiples of the rows of ``matrix`` reads."""
-    padded = F.pad(matrix, (0, -matrix.shape[-1] % _BLOCK))
-    return padded.unflatten(-1, (-1, _BLOCK)).transpose(-3, -2).contiguous()
+def _blocks(matrix: Tensor, pairs: bool) -> Tensor:
+    """[..., k, d] as [..., blocks, k, _BLOCK], or [..., blocks, k / 2, _BLOCK, 2]: for a write-back of its rows."""
+    padded = F.pad(matrix, (0, -matrix.shape[-1] % _BLOCK, 0, matrix.shape[-2] % 2 if pairs else 0))
+    blocks = padded.unflatten(-1, (-1, _BLOCK)).transpose(-3, -2)
+    if not pairs:
+        return blocks.contiguous()
+    return blocks.unflatten(-2, (-1, 2)).mT.to(torch.bfloat16, memory_format=torch.contiguous_format)
 
 
 def _projection(parameters: Parameters) -> Tensor:
@@ -88,14 +100,21 @@ def _projection(parameters: Parameters) -> Tensor:
     return d if parameters.gate is None else torch.cat([d, parameters.gate.detach().float()], dim=-2)
 
 
-def _pack_forward(parameters: Parameters, _: torch.dtype) -> _ForwardPack:
+def _in_pairs(parameters: Parameters, dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply pairs of bfloat16: for that dtype, where the processor can, up to some rank."""
+    return dtype == torch.bfloat16 and _pairs() and 2 * parameters.basis.shape[-2] <= _MOST_PAIRS
+
+
+def _pack_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
+    pairs = _in_pairs(parameters, dtype)
     biases = [bias.detach().float() for bias in (parameters.source_bias, parameters.gate_bias) if bias is not None]
     basis = parameters.basis.detach().float()
-    return _ForwardPack(_panels(_projection(parameters)), _blocks(basis), torch.cat(biases, dim=-1))
+    return _ForwardPack(_panels(_projection(parameters), pairs), _blocks(basis, pairs), torch.cat(biases, dim=-1))
 
 
-def _pack_backward(parameters: Parameters, _: torch.dtype) -> _BackwardPack:
-    return _BackwardPack(_panels(parameters.basis.detach().float()), _blocks(_projection(parameters)))
+def _pack_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
+    pairs = _in_pairs(parameters, dtype)
+    return _BackwardPack(_panels(parameters.basis.detach().float(), pairs), _blocks(_projection(parameters), pairs))
 
 
 # -- the calls --
@@ -129,7 +148,7 @@ class CpuBackend(Backend):
             dense, weights, update = self.forward(h, parameters, rows, adapters, gate_fn, None)
             return out.copy_(dense), weights, update
         h = _without_gaps(h)
-        pack = packed(_pack_forward, parameters, torch.float32)
+        pack = packed(_pack_forward, parameters, h.dtype)
         gate = _GATES.index(gate_fn)
         if rows is None and adapters is None and out is None:
             return torch.ops.baft_kernels.cpu_forward.default(h, *pack, gate)
@@ -177,7 +196,7 @@ class CpuBackend(Backend):
                     for value in parameters
                 )
             )
-        pack = packed(_pack_backward, parameters, torch.float32)
+        pack = packed(_pack_backward, parameters, h.dtype)
         gate = _GATES.index(gate_fn)
         for chosen, some in _by_set(rows, adapters, h.shape[0]):
             of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)

@@ -3,6 +3,7 @@
 #define BAFT_LANES 8
 #define BAFT_TILE_ROWS 6
 #define BAFT_EXPAND_VECTORS 2
+#define BAFT_PAIRS false
 #define BAFT_NAME "avx2"
 #define BAFT_VARIANT avx2_kernels
 #include "kernels.inl"

@@ -3,6 +3,7 @@
 #define BAFT_LANES 16
 #define BAFT_TILE_ROWS 12
 #define BAFT_EXPAND_VECTORS 4
+#define BAFT_PAIRS false
 #define BAFT_NAME "avx512"
 #define BAFT_VARIANT avx512_kernels
 #include "kernels.inl"

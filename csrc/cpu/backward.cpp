@@ -7,7 +7,7 @@ namespace baft::cpu {
 namespace {
 
 constexpr int64_t kStripBlocks = 8; // blocks of columns whose gradients, 3 r x 512 floats, stay in the caches meanwhile
-constexpr int64_t kStripRows = 48;  // rows that a strip works on before it goes on to its next block
+constexpr int64_t kStripRows = 48;  // rows that a strip works on at a time; even, for pairs of them
 
 // dp and dz of one row from du without grad_update; `at(j)` is (R g)_j.
 template <class At>
@@ -70,24 +70,33 @@ void backward(const Backward& call, ParallelFor parallel_for) {
     }
 
   // -- over columns --
+  const bool pairs = call.basis.pairs;
+  std::vector<uint32_t> paired(pairs ? ceil_div(count, 2) * stride : 0);
+  if (pairs) k.pair_rows(coefficients.data(), count, stride, paired.data());
+  // Of row `row`, which is even, and coefficient `j`.
+  const auto factors = [&](int64_t row, int64_t j) -> const void* {
+    if (pairs) return paired.data() + row / 2 * stride + j;
+    return coefficients.data() + row * stride + j;
+  };
   const bool wants_input = call.grad_h.data, wants_parameters = call.source_gradient;
   const int64_t blocks = ceil_div(d, kBlock);
   const auto strip = [&](int64_t first_block, int64_t end_block) {
     std::vector<float> sums(wants_parameters ? (end_block - first_block) * stride * kBlock : 0);
     for (int64_t start = 0; start < count; start += kStripRows) {
       const int64_t some = std::min(kStripRows, count - start);
-      const float* of_rows = coefficients.data() + start * stride;
-      for (int64_t block = first_block; block < end_block; ++block) {
-        const int64_t column = block * kBlock, width = std::min(kBlock, d - column);
-        if (wants_parameters) {
+      const int64_t* of_some = rows.data() + start;
+      if (wants_parameters)
+        for (int64_t block = first_block; block < end_block; ++block) {
+          const int64_t column = block * kBlock, width = std::min(kBlock, d - column);
           float* sum = sums.data() + (block - first_block) * stride * kBlock;
-          k.outer(call.h, rows.data() + start, some, column, width, of_rows, stride, inputs, sum);
-          k.outer(call.grad_out, rows.data() + start, some, column, width, of_rows + inputs, stride, r,
+          k.outer(call.h, of_some, some, column, width, factors(start, 0), stride, inputs, pairs, sum);
+          k.outer(call.grad_out, of_some, some, column, width, factors(start, inputs), stride, r, pairs,
                   sum + inputs * kBlock);
         }
-        if (wants_input)
-          k.expand(call.grad_out, call.grad_h, rows.data() + start, some, column, width, of_rows, stride, inputs,
-                   call.projection);
+      if (wants_input) {
+        const int64_t column = first_block * kBlock, width = std::min(end_block * kBlock, d) - column;
+        k.expand(call.grad_out, call.grad_h, of_some, some, column, width, coefficients.data() + start * stride, stride,
+                 inputs, call.projection);
       }
     }
     if (!wants_parameters) return;

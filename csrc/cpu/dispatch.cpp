@@ -15,6 +15,14 @@ bool runs_avx512() {
 #endif
 }
 
+bool runs_avx512bf16() {
+#if defined(__x86_64__)
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool runs_avx2() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -24,7 +32,8 @@ bool runs_avx2() {
 }
 
 const Kernels& choose() {
-  const Kernels* usable[] = {runs_avx512() ? avx512_kernels() : nullptr, runs_avx2() ? avx2_kernels() : nullptr,
+  const Kernels* usable[] = {runs_avx512bf16() ? avx512bf16_kernels() : nullptr,
+                             runs_avx512() ? avx512_kernels() : nullptr, runs_avx2() ? avx2_kernels() : nullptr,
                              portable_kernels()};
   if (const char* asked = std::getenv("BAFT_CPU_VARIANT"))
     for (const Kernels* variant : usable)

@@ -1,5 +1,5 @@
 // The kernels, written once over vectors of kLanes floats and compiled once for each instruction set. The including file
-// sets BAFT_LANES, BAFT_TILE_ROWS, BAFT_EXPAND_VECTORS, BAFT_NAME and BAFT_VARIANT.
+// sets BAFT_LANES, BAFT_TILE_ROWS, BAFT_EXPAND_VECTORS, BAFT_PAIRS, BAFT_NAME and BAFT_VARIANT.
 //
 // Everything is in an unnamed namespace, and nothing of the C++ library is called: an inline function that two variants
 // share would be linked once, maybe with instructions that the processor doesn't have.
@@ -117,6 +117,36 @@ inline void with_type(Dtype dtype, F function) {
   return function(Tag<Float16>{});
 }
 
+// Write a tile's row: x + sums, whole vectors or the `width` columns that are left.
+template <class T>
+inline void add_row(const T* from, T* to, int64_t width, const Vector* sums) {
+  constexpr int64_t COLUMNS = kExpandVectors * kLanes;
+  if (width >= COLUMNS) {
+    for (int v = 0; v < kExpandVectors; ++v) store(to + v * kLanes, load(from + v * kLanes) + sums[v]);
+    return;
+  }
+  T padded[COLUMNS] = {};
+  for (int64_t column = 0; column < width; ++column) padded[column] = from[column];
+  for (int v = 0; v < kExpandVectors; ++v) store(padded + v * kLanes, load(padded + v * kLanes) + sums[v]);
+  for (int64_t column = 0; column < width; ++column) to[column] = padded[column];
+}
+
+// Ask for x[first : first + width] of a row, to have it in the second-level cache when its turn comes: a tile reads many
+// rows at once, a kilobyte of each, and the hardware takes that for no stream.
+template <class T>
+inline void ask_for(const T* x, int64_t width) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t column = 0; column < width; column += LINE) __builtin_prefetch(x + column, 0, 2);
+}
+
+#if BAFT_PAIRS
+} // namespace
+} // namespace baft::cpu
+#include "pairs.inl"
+namespace baft::cpu {
+namespace {
+#endif
+
 // -- projection: a tile of ROWS x (VECTORS * kLanes) sums in registers, along k --
 
 // Few rows leave few sums in flight; UNROLL steps of k in sums of their own hide the latency of the additions.
@@ -172,16 +202,11 @@ inline void project_rows(int64_t count, const float* x, const float* w, int64_t 
   }
 }
 
-// Ask for x[first : first + width] of a row, to have it in the second-level cache when its turn comes: a tile reads many
-// rows at once, a kilobyte of each, and the hardware takes that for no stream.
-template <class T>
-inline void prefetch(const T* x, int64_t width) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t column = 0; column < width; column += LINE) __builtin_prefetch(x + column, 0, 2);
-}
-
-void project(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width, const float* panels,
+void project(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width, const Packed& panels,
              int64_t panel_count, int64_t outputs, int64_t dim, float* sums) {
+#if BAFT_PAIRS
+  if (panels.pairs) return project_pairs(x, rows, count, first, width, panels, panel_count, outputs, dim, sums);
+#endif
   alignas(64) float unpacked[kTileRows * kDepth];
   for (int64_t from = first; from < first + width; from += kDepth) {
     const int64_t depth = smaller(kDepth, first + width - from);
@@ -191,11 +216,11 @@ void project(const Matrix& x, const int64_t* rows, int64_t count, int64_t first,
       for (int64_t i = 0; i < count; ++i) {
         const T* row = row_of<T>(x, rows[i]) + from;
         unpack(row, depth, depth, unpacked + i * kDepth);
-        prefetch(row + depth, next);
+        ask_for(row + depth, next);
       }
     });
     for (int64_t panel = 0; panel < panel_count; ++panel) {
-      const float* w = panels + (panel * dim + from) * kPanel;
+      const float* w = static_cast<const float*>(panels.data) + (panel * dim + from) * kPanel;
       const int64_t used = smaller(kPanel, outputs - panel * kPanel);
       float* sum = sums + panel * count * kPanel;
       for (int64_t output = 0; output < used; output += kProjectVectors * kLanes)
@@ -215,7 +240,6 @@ void project(const Matrix& x, const int64_t* rows, int64_t count, int64_t first,
 template <int ROWS, class T>
 void expand_tile(const Matrix& x, const Matrix& out, const int64_t* rows, int64_t first, int64_t width,
                  const float* coefficients, int64_t stride, int64_t k, const float* e) {
-  constexpr int64_t COLUMNS = kExpandVectors * kLanes;
   Vector total[ROWS][kExpandVectors] = {};
   for (int64_t j = 0; j < k; ++j) {
     Vector basis[kExpandVectors];
@@ -223,18 +247,8 @@ void expand_tile(const Matrix& x, const Matrix& out, const int64_t* rows, int64_
     for (int i = 0; i < ROWS; ++i)
       for (int v = 0; v < kExpandVectors; ++v) total[i][v] += coefficients[i * stride + j] * basis[v];
   }
-  for (int i = 0; i < ROWS; ++i) {
-    const T* from = row_of<T>(x, rows[i]) + first;
-    T* to = const_cast<T*>(row_of<T>(out, rows[i])) + first;
-    if (width >= COLUMNS) {
-      for (int v = 0; v < kExpandVectors; ++v) store(to + v * kLanes, load(from + v * kLanes) + total[i][v]);
-    } else {
-      T padded[COLUMNS] = {};
-      for (int64_t column = 0; column < width; ++column) padded[column] = from[column];
-      for (int v = 0; v < kExpandVectors; ++v) store(padded + v * kLanes, load(padded + v * kLanes) + total[i][v]);
-      for (int64_t column = 0; column < width; ++column) to[column] = padded[column];
-    }
-  }
+  for (int i = 0; i < ROWS; ++i)
+    add_row(row_of<T>(x, rows[i]) + first, const_cast<T*>(row_of<T>(out, rows[i])) + first, width, total[i]);
 }
 
 template <class T>
@@ -254,12 +268,15 @@ inline void expand_rows(const Matrix& x, const Matrix& out, const int64_t* rows,
 }
 
 void expand(const Matrix& x, const Matrix& out, const int64_t* rows, int64_t count, int64_t first, int64_t width,
-            const float* coefficients, int64_t stride, int64_t k, const float* blocks) {
+            const float* coefficients, int64_t stride, int64_t k, const Packed& blocks) {
+#if BAFT_PAIRS
+  if (blocks.pairs) return expand_pairs(x, out, rows, count, first, width, coefficients, stride, k, blocks);
+#endif
   constexpr int64_t COLUMNS = kExpandVectors * kLanes;
   with_type(x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int64_t column = first; column < first + width; column += COLUMNS) {
-      const float* e = blocks + (column / kBlock) * k * kBlock + column % kBlock;
+      const float* e = static_cast<const float*>(blocks.data) + (column / kBlock) * k * kBlock + column % kBlock;
       for (int64_t i = 0; i < count; i += kExpandRows)
         expand_rows<T>(x, out, rows + i, smaller(kExpandRows, count - i), column,
                        smaller(COLUMNS, first + width - column), coefficients + i * stride, stride, k, e);
@@ -286,7 +303,13 @@ void outer_tile(const float* x, int64_t count, const float* coefficients, int64_
 }
 
 void outer(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width,
-           const float* coefficients, int64_t stride, int64_t k, float* sums) {
+           const void* coefficients, int64_t stride, int64_t k, bool pairs, float* sums) {
+#if BAFT_PAIRS
+  if (pairs)
+    return outer_pairs(x, rows, count, first, width, static_cast<const uint32_t*>(coefficients), stride, k, sums);
+#else
+  (void)pairs;
+#endif
   alignas(64) float unpacked[kOuterRows * kBlock];
   for (int64_t start = 0; start < count; start += kOuterRows) {
     const int64_t some = smaller(kOuterRows, count - start);
@@ -296,7 +319,7 @@ void outer(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, i
         unpack(row_of<T>(x, rows[start + i]) + first, width, kBlock, unpacked + i * kBlock);
     });
     for (int64_t column = 0; column < width; column += kExpandVectors * kLanes) {
-      const float* c = coefficients + start * stride;
+      const float* c = static_cast<const float*>(coefficients) + start * stride;
       int64_t j = 0;
       for (; j + kExpandRows <= k; j += kExpandRows)
         outer_tile<kExpandRows>(unpacked + column, some, c + j, stride, sums + j * kBlock + column);
@@ -308,7 +331,10 @@ void outer(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, i
 } // namespace
 
 const Kernels* BAFT_VARIANT() {
-  static const Kernels table = {BAFT_NAME, kTileRows, project, expand, outer};
+#if !BAFT_PAIRS
+  constexpr decltype(Kernels::pair_rows) pair_rows = nullptr;
+#endif
+  static const Kernels table = {BAFT_NAME, kTileRows, BAFT_PAIRS, project, expand, outer, pair_rows};
   return &table;
 }
 

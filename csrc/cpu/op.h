@@ -27,8 +27,8 @@ struct Forward {
   Rows rows;               // of h, out, weights and update
   int64_t d, r;
   Gate gate;
-  const float* projection; // panels of (D, G), or of D alone without a gate
-  const float* basis;      // blocks of R
+  Packed projection;       // panels of (D, G), or of D alone without a gate
+  Packed basis;            // blocks of R
   const float* bias;       // b, then c
   float* weights;          // w [*, r]
   float* update;           // u [*, r]
@@ -39,8 +39,8 @@ struct Backward {
   Rows rows;
   int64_t d, r;
   Gate gate;
-  const float* basis;          // panels of R
-  const float* projection;     // blocks of (D, G), or of D alone
+  Packed basis;                // panels of R
+  Packed projection;           // blocks of (D, G), or of D alone
   const float* weights;        // w [*, r]
   const float* update;         // u [*, r]
   const float* grad_weights;   // [*, r], or null
