@@ -14,6 +14,7 @@ from baft_kernels.stiefel import (
     project_to_tangent,
     retract_,
     retract_after_step,
+    retract_all_,
 )
 
 __version__ = "0.1.0"
@@ -30,4 +31,5 @@ __all__ = [
     "project_to_tangent",
     "retract_",
     "retract_after_step",
+    "retract_all_",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import baft_kernels
-from baft_kernels.backends import KNOWN_BACKENDS, resolve_backend, why_unusable
+from baft_kernels.backends import FUSED, KNOWN_BACKENDS, resolve_backend, why_unusable
 
 __all__ = ["ENVIRONMENT_VARIABLES", "collect", "main", "render"]
 
@@ -29,16 +29,12 @@ def collect() -> dict[str, Any]:
             was built with (None for none).
         cpu: the instruction set that torch uses.
         gpus: the names of the GPUs that torch sees.
-        backends: for each known backend, whether it is usable, and the reason if it isn't.
-        auto: the backend that ``"auto"`` chooses; None with a reason if ``BAFT_BACKEND`` asks for one that can't serve.
+        backends: for each known backend, whether it is usable, the reason if it isn't, and why ``"auto"`` passes over
+            one that is (``unproven``).
+        auto: the backend that ``"auto"`` chooses for a bfloat16 tensor on each kind of device that is here; None with a
+            reason if ``BAFT_BACKEND`` asks for one that can't serve.
         environment: each variable of ``ENVIRONMENT_VARIABLES`` with its value, None for unset.
     """
-    reasons = {name: why_unusable(name) for name in KNOWN_BACKENDS}
-    auto: dict[str, str | None] = {"backend": None, "reason": None}
-    try:
-        auto["backend"] = resolve_backend("auto")
-    except ValueError as error:
-        auto["reason"] = str(error)
     return {
         "versions": {
             "baft_kernels": baft_kernels.__version__,
@@ -49,21 +45,37 @@ def collect() -> dict[str, Any]:
         },
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "backends": {name: {"usable": reason is None, "reason": reason} for name, reason in reasons.items()},
-        "auto": auto,
+        "backends": {name: _state(name) for name in KNOWN_BACKENDS},
+        "auto": {device: _choice(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT_VARIABLES},
     }
 
 
+def _state(backend: str) -> dict[str, Any]:
+    reason = why_unusable(backend)
+    unproven = FUSED[backend].unproven if backend in FUSED else None
+    return {"usable": reason is None, "reason": reason, "unproven": unproven}
+
+
+def _choice(device: str) -> dict[str, str | None]:
+    try:
+        chosen = resolve_backend("auto", torch.empty(1, 1, dtype=torch.bfloat16, device=device))
+        return {"backend": chosen, "reason": None}
+    except ValueError as error:
+        return {"backend": None, "reason": str(error)}
+
+
 def render(report: dict[str, Any]) -> str:
     """The report of ``collect`` as text, one line for each entry."""
-    auto = report["auto"]
     lines = {name: version or "none" for name, version in report["versions"].items()}
     lines["cpu"] = report["cpu"]
     lines["gpus"] = ", ".join(report["gpus"]) or "none"
     for name, backend in report["backends"].items():
         lines[f"backend {name}"] = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
-    lines["backend auto"] = auto["backend"] or f"not usable: {auto['reason']}"
+        if backend["usable"] and backend["unproven"]:
+            lines[f"backend {name}"] += f'; not chosen by "auto": {backend["unproven"]}'
+    for device, auto in report["auto"].items():
+        lines[f"auto on {device}"] = auto["backend"] or f"not usable: {auto['reason']}"
     for name, value in report["environment"].items():
         lines[name] = "not set" if value is None else repr(value)
     width = max(map(len, lines))

@@ -5,24 +5,36 @@ factor ``(R R^T)^(-1/2) R``. That costs two products with r x r matrices, where 
 recomputes a d x d matrix at each access. The polar factor rather than QR: QR depends on the order of the rows and would
 favour the first ones, whose gates are tied to their rows.
 
-Everything here is computed in float64 and rounded once. The matrices are small, and products in float32 would fall
-under autocast and under the TF32 switches that training scripts set for their model.
+What is computed here is computed in float64 and rounded once. The matrices are small, and products in float32 would
+fall under autocast and under the TF32 switches that training scripts set for their model. A backend may have a kernel
+for the bases of all layers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["orthonormal_basis", "orthonormality_error", "project_to_tangent", "retract_", "retract_after_step"]
+from baft_kernels.backends import FUSED, resolve_backend
+
+__all__ = [
+    "ITERATIONS",
+    "NEAR",
+    "orthonormal_basis",
+    "orthonormality_error",
+    "project_to_tangent",
+    "retract_",
+    "retract_after_step",
+    "retract_all_",
+]
 
 # ||R R^T - I||_F up to which the inverse root is taken by Newton-Schulz, which from there reaches float64's rounding in
-# _ITERATIONS. An optimiser step stays below: one of a tenth of the basis' length gives 0.04 at r = 12, d = 4096.
-_NEAR = 0.5
-_ITERATIONS = 6
+# ITERATIONS. An optimiser step stays below: one of a tenth of the basis' length gives 0.04 at r = 12, d = 4096.
+NEAR = 0.5
+ITERATIONS = 6
 # Smallest singular value, relative to the largest, that still counts as full rank: below it lies float32's rounding.
 _RANK_TOLERANCE = 1e-6
 
@@ -78,15 +90,35 @@ def retract_(basis: Tensor) -> Tensor:
     gram = r @ r.mT
     distance = torch.linalg.matrix_norm(gram - _eye_like(r))
     # NaN and infinity take the second way, which reports them: they compare as false.
-    polar = _inverse_root(gram) @ r if bool((distance <= _NEAR).all()) else _polar_by_svd(r)
+    polar = _inverse_root(gram) @ r if bool((distance <= NEAR).all()) else _polar_by_svd(r)
     return basis.copy_(polar)
+
+
+@torch.no_grad()
+def retract_all_(bases: Sequence[Tensor], *, backend: str = "auto") -> None:
+    """``retract_`` on each of ``bases`` [r, d]: in one launch where the backend has a kernel for them all.
+
+    Args:
+        bases: on one device for one launch; what is far from orthonormal is retracted on its own.
+        backend: as for ``baft``.
+
+    Raises:
+        TypeError, ValueError: as ``retract_``; for a backend that can't serve the first of ``bases``.
+    """
+    if not bases:
+        return
+    serving = FUSED.get(resolve_backend(backend, bases[0]))
+    distances = None if serving is None else serving.retract(bases)
+    left = bases if distances is None else [b for b, d in zip(bases, distances.tolist(), strict=True) if not d <= NEAR]
+    for basis in left:
+        retract_(basis)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """``gram^(-1/2)`` of a matrix near the identity: coupled Newton-Schulz iteration (Higham 2008, section 6.7)."""
     eye = _eye_like(gram)
     y, z = gram, eye.expand_as(gram)
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         step = 1.5 * eye - 0.5 * (z @ y)
         y, z = y @ step, step @ z
     return z
@@ -119,7 +151,11 @@ def project_to_tangent(gradient: Tensor, basis: Tensor) -> Tensor:
 
 
 def retract_after_step(
-    optimizer: torch.optim.Optimizer, bases: Iterable[Tensor], *, project_gradients: bool = False
+    optimizer: torch.optim.Optimizer,
+    bases: Iterable[Tensor],
+    *,
+    project_gradients: bool = False,
+    backend: str = "auto",
 ) -> list[RemovableHandle]:
     """Keep ``bases`` orthonormal under any torch optimiser: retract each after every ``optimizer.step()``.
 
@@ -127,6 +163,7 @@ def retract_after_step(
         optimizer: the optimiser that updates the bases.
         bases: parameters [r, d].
         project_gradients: also project each basis' gradient to the tangent space before the step.
+        backend: what retracts them, as for ``baft``.
 
     Returns:
         Handles whose ``remove()`` undoes it.
@@ -140,8 +177,7 @@ def retract_after_step(
                     basis.grad.copy_(project_to_tangent(basis.grad, basis))
 
     def retract(*_: object) -> None:
-        for basis in bases:
-            retract_(basis)
+        retract_all_(bases, backend=backend)
 
     handles = [optimizer.register_step_post_hook(retract)]
     if project_gradients:

@@ -7,20 +7,25 @@ import os
 # Read when huggingface_hub is imported, so it is set before anything that could import it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import settings
 
-from baft.datasets.factworld import FactWorld
-from baft.testbed.folder import make_testbed
-from baft.testbed.training import TestbedRecipe
+if TYPE_CHECKING:
+    from baft.datasets.factworld import FactWorld
 
-# The same examples in every run, and no time limit for one of them: the first call of a torch op can be slow.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.load_profile("repeatable")
+# The kernels' tests also run where only torch, triton and pytest are installed, as by bench/gpu_suite.py: what else a
+# test needs, it imports itself.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # The same examples in every run, and no time limit for one of them: the first call of a torch op can be slow.
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +48,17 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def small_world() -> FactWorld:
     """An invented world of few people."""
+    from baft.datasets.factworld import FactWorld
+
     return FactWorld(1, people=24)
 
 
 @pytest.fixture(scope="session")
 def testbed(small_world: FactWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that knows the small world; it is trained in some ten seconds."""
+    from baft.testbed.folder import make_testbed
+    from baft.testbed.training import TestbedRecipe
+
     folder = tmp_path_factory.mktemp("testbed") / "model"
     recipe = TestbedRecipe(hidden_size=96, vocabulary=500, batch_size=32, max_epochs=66, recall_wanted=0.99)
     make_testbed(folder, small_world, recipe, facts="a small world")

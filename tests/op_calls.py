@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from baft_kernels import orthonormal_basis
+
+# (d, r): powers of two and none, vectors of every length left over, the widths that models have.
+AWKWARD_WIDTHS = ((1, 1), (96, 3), (96, 33), (768, 8), (768, 12), (2048, 16), (3584, 64), (4128, 16))
 
 
 class Call(NamedTuple):
@@ -27,6 +30,10 @@ class Call(NamedTuple):
     def double(self) -> Call:
         """The same numbers in float64."""
         return self._replace(**{name: tensor.double() for name, tensor in self.floats().items()})
+
+    def to(self, device: str) -> Call:
+        """The same call on a device."""
+        return self._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
 
     def floats(self) -> dict[str, Tensor]:
         """h and the parameters by name: all that a gradient exists for."""
@@ -73,3 +80,16 @@ def draw_call(
         rows=rows,
         **{name: value if value is None else value.to(parameter_dtype) for name, value in parameters.items()},
     )
+
+
+def draws(rows: int, d: int, r: int, *, some: bool = False, **options: Any) -> list[Call]:
+    """Calls of one kind on h [rows, d], more of them the smaller they are; with ``some``, on rows drawn for each.
+
+    ``options`` are those of ``draw_call``.
+    """
+    calls = []
+    size = max(rows, 1) * r * d
+    for seed in range(max(2, min(24, 2**20 // size))):
+        mask = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7 if some else None
+        calls.append(draw_call((rows,), d, r, rows=mask, seed=seed, **options))
+    return calls

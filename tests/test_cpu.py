@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_calls import Call, draw_call
+from op_calls import AWKWARD_WIDTHS, Call, draw_call, draws
 from tolerance import Backend, assert_accurate, outputs_and_gradients
 from torch import Tensor
 
@@ -33,26 +33,12 @@ def cpu(*arguments: Any) -> BaftOutput:
     return baft(*call, gate_fn=gate_fn, positions=rows, return_aux=True, backend="cpu")
 
 
-def draws(
-    rows: int, d: int, r: int, gate_fn: str, dtype: torch.dtype, *, some: bool = False, **options: Any
-) -> list[Call]:
-    """Calls of one kind, more of them the smaller they are; with ``some``, on rows drawn for each."""
-    calls = []
-    size = max(rows, 1) * r * d
-    for seed in range(max(2, min(24, 2**20 // size))):
-        mask = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7 if some else None
-        calls.append(draw_call((rows,), d, r, gate_fn=gate_fn, dtype=dtype, rows=mask, seed=seed, **options))
-    return calls
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate_fn", GATE_FNS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 63, 129])
-@pytest.mark.parametrize(
-    ("d", "r"), [(1, 1), (96, 3), (96, 33), (768, 8), (768, 12), (2048, 16), (3584, 64), (4128, 16)]
-)
+@pytest.mark.parametrize(("d", "r"), AWKWARD_WIDTHS)
 def test_it_is_accurate(rows: int, d: int, r: int, gate_fn: str, dtype: torch.dtype) -> None:
-    assert_accurate(cpu, *draws(rows, d, r, gate_fn, dtype, some=(rows + r) % 2 == 1))
+    assert_accurate(cpu, *draws(rows, d, r, gate_fn=gate_fn, dtype=dtype, some=(rows + r) % 2 == 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +49,7 @@ def test_it_is_accurate_over_many_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_a_source_close_to_the_basis_does_not_cancel(distance: float, dtype: torch.dtype) -> None:
-    assert_accurate(cpu, *draws(17, 768, 12, "sigmoid", dtype, source_distance=distance))
+    assert_accurate(cpu, *draws(17, 768, 12, dtype=dtype, source_distance=distance))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -76,7 +62,7 @@ def test_a_source_close_to_the_basis_does_not_cancel(distance: float, dtype: tor
     some=st.booleans(),
 )
 def test_any_size_works(rows: int, d: int, rank: int, gate_fn: str, dtype: torch.dtype, some: bool) -> None:
-    assert_accurate(cpu, *draws(rows, d, min(rank, d), gate_fn, dtype, some=some))
+    assert_accurate(cpu, *draws(rows, d, min(rank, d), gate_fn=gate_fn, dtype=dtype, some=some))
 
 
 # -- layouts of h --

@@ -33,8 +33,12 @@ def draw(lead: tuple[int, ...], d: int, r: int, sets: int, **options: Any) -> Ca
 
 
 def grouped(call: Call, ids: Tensor, backend: str, **options: Any) -> BaftOutput:
-    arguments = {"gate_fn": call.gate_fn, "positions": call.rows, "backend": backend, **options}
-    return grouped_baft(*call[:6], ids, return_aux=True, **arguments)
+    """``grouped_baft`` where ``backend`` computes, with its results where the call is."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    there = call.to(device)
+    arguments = {"gate_fn": call.gate_fn, "positions": there.rows, "backend": backend, **options}
+    result = grouped_baft(*there[:6], ids.to(device), return_aux=True, **arguments)
+    return BaftOutput(*(value.to(call.h.device) for value in result))
 
 
 def by_sequence(call: Call, ids: Tensor, function: Any) -> BaftOutput:

@@ -56,7 +56,7 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_is_usable_exactly_if_naming_it_works() -> None:
     backends = info.collect()["backends"]
     assert list(backends) == list(KNOWN_BACKENDS)
-    assert backends["reference"] == {"usable": True, "reason": None}
+    assert backends["reference"] == {"usable": True, "reason": None, "unproven": None}
     for name, backend in backends.items():
         if backend["usable"]:
             assert resolve_backend(name) == name
@@ -66,19 +66,32 @@ def test_a_backend_is_usable_exactly_if_naming_it_works() -> None:
 
 
 def test_auto_is_what_a_call_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert info.collect()["auto"] == {"backend": resolve_backend("auto", torch.ones(1, 1)), "reason": None}
+    assert info.collect()["auto"]["cpu"] == {"backend": resolve_backend("auto", torch.ones(1, 1)), "reason": None}
     monkeypatch.setitem(FUSED, "triton", FakeBackend("triton", []))
     monkeypatch.setenv("BAFT_BACKEND", "triton")
-    assert info.collect()["auto"] == {"backend": "triton", "reason": None}
+    assert info.collect()["auto"]["cpu"] == {"backend": "triton", "reason": None}
+
+
+def test_auto_passes_over_what_is_unproven_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeBackend("triton", [])
+    fake.unproven = "it never ran"
+    for name in list(FUSED):
+        monkeypatch.delitem(FUSED, name)
+    monkeypatch.setitem(FUSED, "triton", fake)
+    report = info.collect()
+    assert report["auto"]["cpu"]["backend"] == "reference"
+    assert re.search(r'^backend triton +usable; not chosen by "auto": it never ran$', info.render(report), re.MULTILINE)
+    assert resolve_backend("triton", torch.ones(1, 1)) == "triton"
 
 
 def test_a_choice_that_cannot_serve_is_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAFT_BACKEND", "gpu")
     report = info.collect()
-    assert report["auto"]["backend"] is None
-    assert report["auto"]["reason"].startswith("BAFT_BACKEND: expected auto or one of")
+    auto = report["auto"]["cpu"]
+    assert auto["backend"] is None
+    assert auto["reason"].startswith("BAFT_BACKEND: expected auto or one of")
     assert report["environment"]["BAFT_BACKEND"] == "gpu"
-    assert re.search(r"^backend auto +not usable: BAFT_BACKEND: expected", info.render(report), re.MULTILINE)
+    assert re.search(r"^auto on cpu +not usable: BAFT_BACKEND: expected", info.render(report), re.MULTILINE)
 
 
 def test_every_environment_variable_that_the_source_reads_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +111,11 @@ def test_text_has_a_line_for_each_entry() -> None:
         "versions": {"torch": "2.13.0", "cuda": None},
         "cpu": "AVX2",
         "gpus": [],
-        "backends": {"reference": {"usable": True, "reason": None}, "cuda": {"usable": False, "reason": "no GPU"}},
-        "auto": {"backend": "reference", "reason": None},
+        "backends": {
+            "reference": {"usable": True, "reason": None, "unproven": None},
+            "cuda": {"usable": False, "reason": "no GPU", "unproven": None},
+        },
+        "auto": {"cpu": {"backend": "reference", "reason": None}},
         "environment": {"BAFT_BACKEND": None, "BAFT_CHECK_FINITE": "1"},
     }
     assert info.render(report).splitlines() == [
@@ -109,7 +125,7 @@ def test_text_has_a_line_for_each_entry() -> None:
         "gpus               none",
         "backend reference  usable",
         "backend cuda       not usable: no GPU",
-        "backend auto       reference",
+        "auto on cpu        reference",
         "BAFT_BACKEND       not set",
         "BAFT_CHECK_FINITE  '1'",
     ]

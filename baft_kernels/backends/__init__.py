@@ -8,14 +8,15 @@ from torch import Tensor
 
 from baft_kernels.backends.cpu import CpuBackend
 from baft_kernels.backends.protocol import Backend
+from baft_kernels.backends.triton.backend import TritonBackend
 
 __all__ = ["FUSED", "KNOWN_BACKENDS", "REFERENCE", "backend_of", "resolve_backend", "why_unusable"]
 
 REFERENCE = "reference"
 KNOWN_BACKENDS = (REFERENCE, "cpu", "triton", "cuda")
 
-# Fastest first: "auto" takes the first one that is usable and serves the call, and else the reference.
-FUSED: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(),)}
+# Fastest first: "auto" takes the first one that is proven, usable and serves the call, and else the reference.
+FUSED: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TritonBackend())}
 
 
 def backend_of(name: str) -> Backend:
@@ -36,7 +37,7 @@ def resolve_backend(name: str = "auto", h: Tensor | None = None) -> str:
     Args:
         name: ``"auto"`` or a backend.
         h: the call's hidden vectors; None asks only whether ``name`` can be meant at all, and leaves ``"auto"`` open
-            between the fused backends and the reference: it is the first that is usable.
+            between the fused backends and the reference: it is the first that is proven and usable.
 
     Raises:
         ValueError: if ``name`` isn't a backend, is one that this installation can't use, or can't serve ``h``.
@@ -46,7 +47,9 @@ def resolve_backend(name: str = "auto", h: Tensor | None = None) -> str:
         asked, asker = os.environ.get("BAFT_BACKEND") or "auto", "BAFT_BACKEND"
     if asked == "auto":
         for backend in FUSED.values():
-            if backend.why_unusable() is None and (h is None or backend.why_not(h) is None):
+            if backend.unproven or backend.why_unusable() is not None:
+                continue
+            if h is None or backend.why_not(h) is None:
                 return backend.name
         return REFERENCE
     if asked not in KNOWN_BACKENDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,6 +16,8 @@ class Backend(ABC):
     """Fused kernels for some device. All tensors are flat; ``rows`` and ``adapters`` are as in ``baft_kernels.ops``."""
 
     name: str
+    unproven: str | None = None
+    """Why ``"auto"`` passes it over even where it is usable; None once its tests have passed on its hardware."""
 
     @abstractmethod
     def why_unusable(self) -> str | None:
@@ -51,3 +54,12 @@ class Backend(ABC):
         parameter_gradients: bool,
     ) -> tuple[Tensor | None, Parameters | None]:
         """The gradients of h and of the parameters (float32), each if wanted, from those of out, w and u."""
+
+    def retract(self, bases: Sequence[Tensor]) -> Tensor | None:
+        """Move each of ``bases`` [r, d] that is near to its polar factor there, all in one launch.
+
+        Returns:
+            ||R R^T - I||_F of each before, [L]; those where it is above ``stiefel.NEAR``, or NaN, are as they were.
+            None, and nothing was done, if the backend has no kernel for these bases.
+        """
+        return None

@@ -59,7 +59,7 @@ class TrainingStep:
             betas=(0.9, 0.99),  # a short memory: an edit has tens of steps, not thousands
         )
         bases = [intervention.basis for intervention in interventions.values()]
-        retract_after_step(self.optimizer, bases, project_gradients=config.project_gradients)
+        retract_after_step(self.optimizer, bases, project_gradients=config.project_gradients, backend=config.backend)
         # Sum of w over the tokens of all finished edits, by layer: the constant part of the load-balancing loss.
         self.usage = {layer: i.basis.new_zeros(i.low_rank_dimension) for layer, i in interventions.items()}
 

@@ -1,0 +1,1 @@
+"""The kernels. These modules import triton; nothing outside this folder does."""
