@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from op_calls import Call, draw_call
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -137,3 +140,42 @@ def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch: pytest.Mon
         out = baft(*call._replace(**detached)[:6], backend="cpu")
         torch.autograd.grad(out.sum(), [leaves[name] for name in names])
     assert asked == [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_that_trains_takes_no_copy_beyond_the_output(dtype: torch.dtype) -> None:
+    rows, d, r = 2000, 256, 16
+    call = draw_call((rows,), d, r, dtype=dtype)
+    leaves = call._replace(**{name: value.requires_grad_() for name, value in call.floats().items()})
+    kept = [baft(*leaves[:6], backend="cpu")]  # packs
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept.append(baft(*leaves[:6], backend="cpu"))
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert max(held) == rows * d * dtype.itemsize + 2 * rows * r * 4
+
+
+# -- in parallel --
+
+
+def _train_one_of_two(rank: int, folder: str) -> None:
+    """A step on half of the rows, in a process of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    layer = BaftIntervention(24, 3, backend="cpu", generator=torch.Generator().manual_seed(0))
+    parallel = torch.nn.parallel.DistributedDataParallel(layer)
+    h = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
+    parallel(h[rank]).square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    save_file(gradients, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_processes_agree_with_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path),), nprocs=2)
+    layer = BaftIntervention(24, 3, backend="cpu", generator=torch.Generator().manual_seed(0))
+    h = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
+    layer(h).square().mean().backward()
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], parameter.grad)

@@ -1,0 +1,359 @@
+"""Every backend that serves an NVIDIA GPU, on one: accurate over the whole grid, repeatable, captured in graphs.
+
+Skipped where there is no GPU. The kernels' own tests run without one, in Triton's interpreter (test_triton_*).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import test_grouped
+import torch
+from op_calls import AWKWARD_WIDTHS, Call, draw_call, draws
+from tolerance import assert_accurate, assert_within_rule, outputs_and_gradients, plain_torch
+from torch import Tensor
+
+from baft_kernels import (
+    BaftIntervention,
+    BaftOutput,
+    baft,
+    baft_,
+    grouped_baft,
+    orthonormal_basis,
+    orthonormality_error,
+    retract_,
+    retract_all_,
+)
+from baft_kernels.backends import FUSED
+from baft_kernels.reference import GATE_FNS, baft_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
+
+NAMES = [name for name in FUSED if name != "cpu"]
+every_backend = pytest.mark.parametrize("backend", NAMES)
+every_gate = pytest.mark.parametrize("gate_fn", GATE_FNS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+GPU = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def usable(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "backend" in request.fixturenames:
+        reason = FUSED[request.getfixturevalue("backend")].why_unusable()
+        if reason is not None:
+            pytest.skip(reason)
+    yield
+    torch.cuda.synchronize()  # a fault belongs to the test that caused it
+
+
+def on(backend: str) -> Any:
+    """The op on a backend, with the arguments of ``baft_reference``."""
+
+    def served(*arguments: Any) -> BaftOutput:
+        *call, gate_fn, rows = arguments
+        return baft(*call, gate_fn=gate_fn, positions=rows, return_aux=True, backend=backend)
+
+    return served
+
+
+# -- accuracy --
+
+
+@every_backend
+@every_dtype
+@every_gate
+@pytest.mark.parametrize("rows", [0, 1, 2, 63, 129, 1000])
+@pytest.mark.parametrize(("d", "r"), AWKWARD_WIDTHS)
+def test_it_is_accurate(rows: int, d: int, r: int, gate_fn: str, dtype: torch.dtype, backend: str) -> None:
+    calls = draws(rows, d, r, gate_fn=gate_fn, dtype=dtype, some=(rows + r) % 2 == 1)
+    assert_accurate(on(backend), *(call.to(GPU) for call in calls))
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("d", [768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192])
+@pytest.mark.parametrize("r", [8, 12, 16, 32, 64, 128])
+def test_the_widths_that_models_have(d: int, r: int, dtype: torch.dtype, backend: str) -> None:
+    assert_accurate(on(backend), *(call.to(GPU) for call in draws(200, d, r, dtype=dtype)))
+
+
+@every_backend
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+@every_dtype
+def test_a_source_close_to_the_basis_does_not_cancel(distance: float, dtype: torch.dtype, backend: str) -> None:
+    calls = draws(33, 4096, 16, dtype=dtype, source_distance=distance)
+    assert_accurate(on(backend), *(call.to(GPU) for call in calls))
+
+
+@every_backend
+@every_dtype
+def test_many_rows(dtype: torch.dtype, backend: str) -> None:
+    assert_accurate(on(backend), draw_call((40_000,), 768, 16, dtype=dtype).to(GPU))
+
+
+@every_backend
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    rows, d = 2**19 + 100, 4096
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    call = draw_call((64,), d, 16, dtype=torch.bfloat16).to(GPU)
+    h = torch.zeros(rows, d, dtype=torch.bfloat16, device=GPU)
+    h[-64:] = call.h
+    few, many = (outputs_and_gradients(on(backend), given) for given in (call, call._replace(h=h)))
+    assert torch.allclose(many["out"][-64:].float(), few["out"].float(), atol=1e-2, rtol=1e-2)
+    assert not many["out"][: 2**19 - 64].isnan().any()
+    assert torch.allclose(many["update"][-64:], few["update"], atol=1e-3, rtol=1e-3)
+
+
+@every_backend
+def test_float16_saturates_inside_and_overflows_only_where_the_result_does(backend: str) -> None:
+    call = draw_call((3,), 64, 1, gate_fn="none", dtype=torch.float16)
+    call = call._replace(basis=torch.eye(1, 64), source=torch.eye(1, 64), source_bias=torch.tensor([1e6])).to(GPU)
+    result = on(backend)(*call)
+    assert result.update.eq(1e6).all()
+    assert torch.equal(result.out[:, 1:], call.h[:, 1:])
+
+
+# -- grouped --
+
+
+@every_backend
+@every_gate
+@every_dtype
+@pytest.mark.parametrize("some", [False, True])
+def test_a_set_for_each_sequence(gate_fn: str, dtype: torch.dtype, some: bool, backend: str) -> None:
+    rows = torch.rand(5, 130, generator=torch.Generator().manual_seed(0)) < 0.6 if some else None
+    call = test_grouped.draw((5, 130), 200, 6, 4, gate_fn=gate_fn, dtype=dtype, rows=rows)
+    ids = torch.tensor([2, 0, 2, 3, 0])
+    there, there_ids = call.to(GPU), ids.to(GPU)
+
+    def grouped(given: Call) -> BaftOutput:
+        return grouped_baft(
+            *given[:6], there_ids, gate_fn=gate_fn, positions=given.rows, return_aux=True, backend=backend
+        )
+
+    actual = test_grouped.with_gradients(there, grouped)
+    plain = test_grouped.with_gradients(call, lambda given: test_grouped.by_sequence(given, ids, plain_torch))
+    exact = test_grouped.with_gradients(
+        call.double(), lambda given: test_grouped.by_sequence(given, ids, baft_reference)
+    )
+    for name in exact:
+        assert_within_rule(name, actual[name].cpu(), plain[name], exact[name])
+
+
+# -- rows and layouts --
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("rows", [5, 300])
+def test_in_place_touches_the_chosen_rows_only(rows: int, dtype: torch.dtype, backend: str) -> None:
+    call = draw_call((rows,), 768, 12, dtype=dtype).to(GPU)
+    mask = torch.rand(rows, device=GPU) < 0.5
+    for positions in (None, mask, mask.nonzero().flatten().flip(0)):
+        expected = baft(*call[:6], positions=positions, backend=backend)
+        wide = torch.full((rows + 2, 800), 7.0, dtype=dtype, device=GPU)
+        inner = wide[1:-1, :768].copy_(call.h)
+        assert baft_(inner, *call[1:6], positions=positions, backend=backend) is inner
+        torch.testing.assert_close(inner, expected)
+        if positions is not None:
+            assert torch.equal(inner[~mask], call.h[~mask])
+        wide[1:-1, :768] = 7.0
+        assert wide.eq(7.0).all()
+
+
+@every_backend
+def test_any_alignment(backend: str) -> None:
+    # Neither rows nor tensors start at a multiple of 16 bytes.
+    call = draw_call((70,), 1003, 8, dtype=torch.bfloat16).to(GPU)
+    expected = outputs_and_gradients(on(backend), call)
+    shifted = torch.empty(70 * 1005 + 1, dtype=torch.bfloat16, device=GPU)[1:].view(70, 1005)[:, 1:1004].copy_(call.h)
+    actual = outputs_and_gradients(on(backend), call._replace(h=shifted))
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+# -- what must not matter --
+
+
+@every_backend
+@pytest.mark.parametrize("rows", [1, 40, 5000])
+def test_results_repeat_bit_for_bit(rows: int, backend: str) -> None:
+    call = draw_call((rows,), 4096, 16, dtype=torch.bfloat16).to(GPU)
+    first = outputs_and_gradients(on(backend), call)
+    for _ in range(20):
+        for name, value in outputs_and_gradients(on(backend), call).items():
+            assert torch.equal(value, first[name]), name
+
+
+@every_backend
+def test_two_streams_at_once(backend: str) -> None:
+    calls = [draw_call((3000,), 4096, 16, dtype=torch.bfloat16, seed=seed).to(GPU) for seed in range(2)]
+    expected = [on(backend)(*call).out for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(20):
+        for stream, call, found in zip(streams, calls, results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(on(backend)(*call).out)
+    torch.cuda.synchronize()
+    for found, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(out, wanted) for out in found)
+
+
+@every_backend
+def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
+    calls = [draw_call((40,), 256, 8, seed=seed).to(GPU) for seed in range(4)]
+    expected = [on(backend)(*call).out for call in calls]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                if not torch.equal(on(backend)(*calls[index]).out, expected[index]):
+                    wrong.append(index)
+
+    workers = [threading.Thread(target=functools.partial(work, index)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+# -- graphs and compilers --
+
+
+def captured(function: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``function`` in a graph, after a few calls of it, and what the captured call returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+@every_backend
+@pytest.mark.parametrize("rows", [1, 200])
+def test_a_replayed_graph_sees_new_data(rows: int, backend: str) -> None:
+    call = draw_call((rows,), 2048, 16, dtype=torch.bfloat16).to(GPU)
+    with torch.no_grad():
+        graph, out = captured(lambda: baft(*call[:6], backend=backend))
+        for seed in range(3):
+            call.h.copy_(draw_call((rows,), 2048, 16, dtype=torch.bfloat16, seed=seed).h)
+            graph.replay()
+            assert torch.equal(out, baft(*call[:6], backend=backend))
+
+
+@every_backend
+def test_a_training_step_in_a_graph_sees_new_parameters(backend: str) -> None:
+    layers = [
+        BaftIntervention(256, 8, backend=served, generator=torch.Generator().manual_seed(0)).to(GPU)
+        for served in (backend, "reference")
+    ]
+    h, target = torch.randn(50, 256, device=GPU), torch.randn(50, 256, device=GPU)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in layers]
+
+    def step(layer: BaftIntervention, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = (layer(h) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    graph, loss = captured(lambda: step(layers[0], optimizers[0]))
+    for _ in range(3):  # as the calls before the capture did
+        step(layers[1], optimizers[1])
+    for _ in range(5):
+        graph.replay()
+        expected = step(layers[1], optimizers[1])
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+def test_a_graph_of_grouped_calls_sees_new_adapters(backend: str) -> None:
+    call = test_grouped.draw((4, 30), 256, 8, 3, dtype=torch.bfloat16).to(GPU)
+    ids = torch.tensor([0, 1, 2, 1], device=GPU)
+    with torch.no_grad():
+        graph, out = captured(lambda: grouped_baft(*call[:6], ids, backend=backend))
+        for new in ([2, 2, 2, 2], [1, 0, 2, 0]):
+            ids.copy_(torch.tensor(new))
+            graph.replay()
+            assert torch.equal(out, grouped_baft(*call[:6], ids, backend=backend))
+
+
+@every_backend
+def test_it_compiles_whole_and_once_for_every_length(backend: str) -> None:
+    torch._dynamo.reset()
+    layer = BaftIntervention(256, 8, backend=backend).to(GPU)
+
+    def loss(h: Tensor) -> Tensor:
+        result = layer.edit(h)
+        return result.out.square().mean() + result.update.abs().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for length in (5, 6, 40):
+        h = torch.randn(2, length, 256, device=GPU, requires_grad=True)
+        wanted = [h, *layer.parameters()]
+        found = [torch.autograd.grad(function(h), wanted) for function in (compiled, loss)]
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@every_backend
+def test_autocast_changes_nothing_but_what_comes_in(backend: str) -> None:
+    call = draw_call((7,), 256, 8, dtype=torch.bfloat16).to(GPU)
+    expected = on(backend)(*call)
+    with torch.autocast(GPU, dtype=torch.float16):
+        actual = on(backend)(*call)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+# -- memory --
+
+
+@every_backend
+def test_a_forward_that_trains_takes_no_copy_beyond_the_output(backend: str) -> None:
+    rows, d, r = 8192, 4096, 16
+    call = draw_call((rows,), d, r, dtype=torch.bfloat16).to(GPU)
+    leaves = call._replace(**{name: value.requires_grad_() for name, value in call.floats().items()})
+    on(backend)(*leaves)  # packs
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = on(backend)(*leaves)
+    peak = torch.cuda.max_memory_allocated() - before
+    needed = rows * d * 2 + 2 * rows * r * 4
+    assert peak <= 1.05 * needed, f"{peak} bytes, needed {needed}"
+    del result
+
+
+# -- retraction --
+
+
+@every_backend
+def test_the_bases_of_all_layers(backend: str) -> None:
+    bases = [orthonormal_basis(12, 4096, generator=torch.Generator().manual_seed(seed)).to(GPU) for seed in range(32)]
+    for basis in bases:
+        basis += 1e-3 * torch.randn_like(basis)
+    expected = [retract_(basis.cpu().double()) for basis in bases]
+    retract_all_(bases, backend=backend)
+    for basis, wanted in zip(bases, expected, strict=True):
+        assert orthonormality_error(basis) <= 5e-7
+        torch.testing.assert_close(basis.cpu().double(), wanted, rtol=0, atol=1e-6)
