@@ -3,6 +3,7 @@
     python bench/editing_quality.py             the table: 100 FactWorld requests, batch and sequential, 3 seeds
     python bench/editing_quality.py --tune      the same grid for both methods, on a seed of its own
     python bench/editing_quality.py --ablate    one choice of the configuration changed at a time
+    python bench/editing_quality.py --backends cpu reference    the same edits, computed by different backends
 
 ``--model`` and ``--dataset`` take another model and benchmark, such as a testbed that ``baft testbed`` trained. Every
 figure is by generation (see ``baft.evaluation``). Results go to bench/results/ as JSON and
@@ -84,6 +85,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tune", action="store_true", help="the grid, for both methods")
     which.add_argument("--ablate", action="store_true", help="one choice changed at a time")
+    which.add_argument("--backends", nargs="+", metavar="BACKEND", help="BaFT on each of these backends of the op")
     parser.add_argument("--model", default="factworld")
     parser.add_argument("--dataset", default="factworld")
     parser.add_argument("--requests", type=int, default=REQUESTS)
@@ -95,6 +97,9 @@ def main() -> None:
         name, plan = "tuning", tuning_plan(options.modes)
     elif options.ablate:
         name, plan = "ablations", plan_of(ABLATIONS, options.modes, options.seeds)
+    elif options.backends:
+        variants = {f"backend {backend}": {"backend": backend} for backend in options.backends}
+        name, plan = "backends", plan_of(variants, options.modes, options.seeds)
     else:
         name, plan = "editing", plan_of(METHODS, options.modes, options.seeds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
