@@ -63,7 +63,7 @@ def main() -> None:
     table = Table(*rows[0])
     for row in rows[1:]:
         table.add_row(*row)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     about = provenance(device)
     name = f"retraction_{device.type}"

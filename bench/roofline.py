@@ -209,7 +209,9 @@ def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     keys = sorted({panel(row) for row in rows})
     columns = min(4, len(keys))
     lines = -(-len(keys) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False, layout="constrained", sharey=True
+    )
     for axis in axes.flat[len(keys) :]:
         axis.set_visible(False)
     for key, axis in zip(keys, axes.flat, strict=False):
@@ -224,10 +226,13 @@ def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{what}, {dtype.removeprefix('torch.')}, d = {d}, r = {r}", fontsize=9)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(True, which="major", alpha=0.3)
-        axis.set_xlabel("rows T")
-        axis.set_ylabel("GB/s of the bytes that must move")
-    axes.flat[0].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("rows T", fontsize=9)
+    figure.supylabel("GB/s of the bytes that must move", fontsize=9)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     figure.suptitle(f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}", fontsize=9)
     figure.savefig(path, dpi=110)
 
