@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 import baft_kernels
+from baft_kernels.info import collect
 
 __all__ = ["RESULTS", "markdown", "provenance"]
 
@@ -22,10 +24,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Command, commit, date, device and versions; a checkout without git says its commit in ``BAFT_COMMIT``."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = os.environ.get("BAFT_COMMIT")
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or commit
     return {
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": described.stdout.strip() or os.environ.get("BAFT_COMMIT"),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -33,6 +38,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "baft_kernels": baft_kernels.__version__,
             "python": platform.python_version(),
             "torch": str(torch.__version__),
+            "triton": collect()["versions"]["triton"],
             "cuda": torch.version.cuda,
         },
     }

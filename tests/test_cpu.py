@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from op_calls import AWKWARD_WIDTHS, Call, draw_call, draws
 from tolerance import Backend, assert_accurate, outputs_and_gradients
 from torch import Tensor
 
-from baft_kernels import BaftOutput, baft, baft_
+from baft_kernels import BaftOutput, baft, baft_, info
+from baft_kernels.backends import cpu as cpu_backend
 from baft_kernels.backends import why_unusable
 from baft_kernels.reference import GATE_FNS
 
@@ -178,3 +180,36 @@ def test_the_other_instruction_sets(variant: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "passed" in done.stdout
+
+
+# -- what is said when they can't run --
+
+
+def _importing(result: object) -> Any:
+    def import_module(name: str) -> object:
+        assert name == "baft_kernels._cpu"
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return import_module
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (ModuleNotFoundError("No module named 'baft_kernels._cpu'"), "csrc/ wasn't built: it takes a C++ compiler"),
+        (ImportError("_cpu.abi3.so: undefined symbol: torch_call"), "doesn't load: _cpu.abi3.so: undefined symbol"),
+        (types.SimpleNamespace(INTERFACE=0), "is of another version (0, expected"),
+    ],
+)
+def test_a_library_that_is_missing_or_broken_says_so(
+    result: object, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_backend.importlib, "import_module", _importing(result))
+    problem = cpu_backend._load()
+    assert says in str(problem)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_backend, "_PROBLEM", problem)
+    assert info.collect()["backends"]["cpu"] == {"usable": False, "reason": problem, "unproven": None}
+    assert info.collect()["auto"]["cpu"]["backend"] == "reference"

@@ -31,7 +31,8 @@ from baft_kernels import (
 from baft_kernels.backends import FUSED
 from baft_kernels.reference import GATE_FNS, baft_reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
+if not torch.cuda.is_available():
+    pytest.skip("no NVIDIA GPU on this machine", allow_module_level=True)
 
 NAMES = [name for name in FUSED if name != "cpu"]
 every_backend = pytest.mark.parametrize("backend", NAMES)
@@ -75,11 +76,11 @@ def test_it_is_accurate(rows: int, d: int, r: int, gate_fn: str, dtype: torch.dt
 
 
 @every_backend
-@every_dtype
+@pytest.mark.parametrize("r", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("d", [768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192])
-@pytest.mark.parametrize("r", [8, 12, 16, 32, 64, 128])
-def test_the_widths_that_models_have(d: int, r: int, dtype: torch.dtype, backend: str) -> None:
-    assert_accurate(on(backend), *(call.to(GPU) for call in draws(200, d, r, dtype=dtype)))
+def test_the_widths_that_models_have(d: int, r: int, backend: str) -> None:
+    # One dtype and one number of rows: each combination is a kernel to compile.
+    assert_accurate(on(backend), *(call.to(GPU) for call in draws(200, d, r, dtype=torch.bfloat16)))
 
 
 @every_backend

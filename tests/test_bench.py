@@ -1,0 +1,70 @@
+"""The benchmarks' promises: what is wrong gets no time, and every figure says where it comes from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import roofline  # after the folder of the benchmarks is known
+from report import provenance
+from timing import Spread, interleaved
+from variants import RIVALS, Case
+
+CPU = torch.device("cpu")
+CASE = Case(rows=3, d=16, r=2, dtype=torch.float32, training=False)
+
+
+def test_bytes_are_those_that_must_move() -> None:
+    # h and out; D, G and R; w and u.
+    assert CASE.bytes == 2 * 3 * 16 * 4 + 3 * 2 * 16 * 4 + 2 * 3 * 2 * 4
+    # The backward pass: g, h, dh; D, G and R; their gradients; w and u.
+    training = Case(3, 16, 2, torch.bfloat16, training=True)
+    forward = Case(3, 16, 2, torch.bfloat16, training=False).bytes
+    assert training.bytes == forward + 3 * 3 * 16 * 2 + 3 * 2 * 16 * 2 + 3 * 2 * 16 * 4 + 2 * 3 * 2 * 4
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slightly_wrong(*given: Any, **options: Any) -> Any:
+        result = served(*given, **options)
+        return result._replace(update=result.update * 1.001) if options.get("return_aux") else result
+
+    served = roofline.baft
+    monkeypatch.setattr(roofline, "baft", slightly_wrong)
+    monkeypatch.setattr(roofline, "fused_backends", lambda h: ["cpu"])
+    eager = {"eager": RIVALS["eager"]}
+    rows = {row.variant: row for row in roofline.measure(CASE, eager, CPU, rounds=1)}
+    assert rows["cpu"].spread is None
+    assert "update" in str(rows["cpu"].problem)
+    assert rows["eager"].spread is not None and rows["copy"].spread is not None
+    cells = {line[1]: line for line in roofline._cells(CASE, list(rows.values()))}
+    assert cells["cpu"][2] == "wrong"
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    works = {name: lambda number, name=name: order.append(name) for name in ("one", "other")}
+    spreads = interleaved(works, rotation=2, rounds=4, device=CPU)
+    assert set(spreads) == {"one", "other"}
+    changes = sum(order[i] != order[i + 1] for i in range(len(order) - 1))
+    assert changes >= 4  # each round has both, and the first of one round isn't that of the next
+
+
+def test_a_spread_is_of_the_batches() -> None:
+    spread = Spread.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    assert (spread.median, spread.p20, spread.p80) == (3.5, 2.0, 5.0)
+
+
+def test_a_figure_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # a checkout without git
+    monkeypatch.setenv("BAFT_COMMIT", "abc123")
+    about = provenance(CPU)
+    assert about["commit"] == "abc123"
+    assert about["device"]
+    assert about["versions"]["torch"] == torch.__version__
