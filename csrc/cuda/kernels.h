@@ -1,0 +1,46 @@
+// The CUDA kernels' interface: plain structs, raw pointers, neither torch nor CUDA. Pointers are to device memory.
+//
+// Parameters are packed in blocks of 16 columns of d, [sets, d / 16, 32 lanes, rows / 4 words], with ranks padded by zeros
+// to 8, 16 or 32 (fragments.h). The rows of (D, G) lie interleaved, D_k at 2k and G_k at 2k + 1.
+#pragma once
+
+#include <cstdint>
+
+namespace baft::cuda {
+
+enum class Gate : int { sigmoid, softmax, none };
+enum class Dtype : int { bfloat16, float16 };
+
+// Which rows a call works on: `sequences` of `length` items each. An item is a row, or a place in a list of rows.
+struct Rows {
+  const int64_t* list;     // the rows, or null
+  const uint8_t* mask;     // by row, which ones are edited, or null
+  const int64_t* adapters; // the parameter set of each sequence, or null: all use set 0
+  int64_t sequences, length;
+};
+
+struct Forward {
+  const void* h;
+  void* out;                   // may be h: then rows that aren't edited are not written
+  int64_t h_stride, out_stride; // elements from row to row, multiples of 8
+  Rows rows;
+  int rank;                    // r, before padding
+  Gate gate;
+  const uint32_t* projection;  // (D, G) for x M^T
+  const uint32_t* basis;       // R for c M
+  const float* bias;           // [sets, 2 r], b_k and c_k interleaved like D and G
+  float* weights;              // w [T, r]
+  float* update;               // u [T, r]
+};
+
+// Parameters as they are trained, float32, and where their packed forms go. Any form may be null.
+struct Pack {
+  const float *basis, *source, *source_bias, *gate, *gate_bias; // R, A, b, G, c; G and c null without a gate
+  int64_t sets, rank, width;
+  int padded_rank;
+  uint32_t *forward_projection, *forward_basis;   // (D, G) for x M^T, R for c M
+  uint32_t *backward_basis, *backward_projection; // R for x M^T, (D, G) for c M
+  float* bias;                                    // [sets, 2 r]
+};
+
+} // namespace baft::cuda
