@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EmulatedParameters", "Shape", "forward_stream", "pack", "shapes"]
+__all__ = ["EmulatedParameters", "Rows", "Shape", "forward_stream", "library", "pack", "pointer", "run", "shapes"]
 
 ROOT = Path(__file__).parents[1]
 GATES = ("sigmoid", "softmax", "none")
@@ -72,29 +72,32 @@ class EmulatedParameters(NamedTuple):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """Built once in a process, in a few seconds."""
+def library(name: str) -> ctypes.CDLL:
+    """tests/emulator/NAME.cpp, built once in a process, in a few seconds."""
     folder = Path(tempfile.mkdtemp(prefix="baft-emulator-"))
     try:
         built = folder / "kernels.so"
         folders = [f"-I{ROOT / 'tests/emulator'}", f"-I{ROOT / 'csrc/cuda'}"]
         command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DBAFT_EMULATED", *folders]
-        subprocess.run([*command, str(ROOT / "tests/emulator/kernels.cpp"), "-o", str(built)], check=True)
-        library = ctypes.CDLL(str(built))
+        subprocess.run([*command, str(ROOT / f"tests/emulator/{name}.cpp"), "-o", str(built)], check=True)
+        return ctypes.CDLL(str(built))
     finally:
         shutil.rmtree(folder)
-    for name in ("emulate_pack", "emulate_forward_stream"):
-        getattr(library, name).restype = ctypes.c_char_p
-    return library
 
 
-def _run(name: str, *arguments: Any) -> None:
-    problem = getattr(_library(), name)(*arguments)
+def run(function: Any, *arguments: Any) -> None:
+    """Call a function of a library that returns what went wrong, or null.
+
+    Raises:
+        RuntimeError: what went wrong: a hang, an address that is off, a store that comes too early.
+    """
+    function.restype = ctypes.c_char_p
+    problem = function(*arguments)
     if problem is not None:
         raise RuntimeError(problem.decode())
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -102,7 +105,7 @@ def shapes() -> list[Shape]:
     """What the forward kernel was compiled for."""
     found: list[Shape] = []
     values = [ctypes.c_int() for _ in range(3)]
-    while _library().forward_stream_shape(len(found), *map(ctypes.byref, values)):
+    while library("forward").forward_stream_shape(len(found), *map(ctypes.byref, values)):
         width, rank, dtype = (value.value for value in values)
         found.append(Shape(len(found), width, rank, DTYPES[dtype]))
     return found
@@ -119,9 +122,9 @@ def pack(parameters: Any, padded_rank: int, dtype: torch.dtype, *, seed: int = 0
     )}  # fmt: skip
     bias = torch.full((sets, 2 * rank), torch.nan)
     layer = Pack(
-        *map(_pointer, parameters), sets, rank, width, padded_rank, *map(_pointer, words.values()), _pointer(bias)
+        *map(pointer, parameters), sets, rank, width, padded_rank, *map(pointer, words.values()), pointer(bias)
     )
-    _run("emulate_pack", ctypes.byref(layer), DTYPES.index(dtype), ctypes.c_uint64(seed))
+    run(library("forward").emulate_pack, ctypes.byref(layer), DTYPES.index(dtype), ctypes.c_uint64(seed))
     return EmulatedParameters(**words, bias=bias)
 
 
@@ -147,10 +150,10 @@ def forward_stream(
     weights, update = (torch.full((total, rank), torch.nan if listed is None else 0.0) for _ in range(2))
     sequences = 1 if adapters is None else adapters.shape[0]
     items = total if listed is None else listed.shape[0]
-    which = Rows(_pointer(listed), _pointer(mask), _pointer(adapters), sequences, items // sequences)
+    which = Rows(pointer(listed), pointer(mask), pointer(adapters), sequences, items // sequences)
     call = Forward(
         h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), which, rank, GATES.index(gate_fn),
-        *map(_pointer, (parameters.forward_projection, parameters.forward_basis, parameters.bias, weights, update)),
+        *map(pointer, (parameters.forward_projection, parameters.forward_basis, parameters.bias, weights, update)),
     )  # fmt: skip
-    _run("emulate_forward_stream", ctypes.byref(call), shape.number, clusters, ctypes.c_uint64(seed))
+    run(library("forward").emulate_forward_stream, ctypes.byref(call), shape.number, clusters, ctypes.c_uint64(seed))
     return out, weights, update

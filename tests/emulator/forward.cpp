@@ -1,22 +1,11 @@
-// The CUDA kernels for the emulator, in shapes small enough for it, behind functions that Python calls.
+// The forward kernels and the packing for the emulator, in shapes small enough for it, as functions that Python calls.
 #include "forward_stream.cuh"
 #include "pack.cuh"
+#include "reported.h"
 
 using namespace baft::cuda;
 
 namespace {
-
-template <class Work>
-const char* reported(Work work) {
-  static std::string problem;
-  try {
-    work();
-    return nullptr;
-  } catch (const std::exception& error) {
-    problem = error.what();
-    return problem.c_str();
-  }
-}
 
 template <class K>
 struct Streamed {
