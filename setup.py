@@ -1,8 +1,11 @@
-"""Builds csrc/ where there is a C++ compiler and torch's headers; everything static is in pyproject.toml.
+"""Builds csrc/ where there are torch's headers and a compiler: C++ for the CPU, nvcc for CUDA.
 
-The build is ninja's, since the kernels are compiled once for each instruction set and each file has flags of its own;
-what hasn't changed isn't compiled again. If it can't be built the package installs all the same, without the backend:
-``python -m baft_kernels.info`` then says so. BAFT_BUILD_CPU=1 makes that an error, BAFT_BUILD_CPU=0 builds nothing.
+Everything static is in pyproject.toml. The builds are ninja's, since each file has flags of its own, and what hasn't
+changed isn't compiled again. What can't be built is left out, and the package installs all the same, without that
+backend: ``python -m baft_kernels.info`` says so.
+
+BAFT_BUILD_CPU=1 makes a failing build of the CPU kernels an error, 0 builds none. BAFT_BUILD_CUDA likewise; unset, the
+CUDA kernels are built if torch is a CUDA build and nvcc is there. Neither needs a GPU, and any torch from 2.11 on does.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,21 +31,33 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 TORCH_TARGET_VERSION = "0x020b000000000000"
 PYTHON_TARGET_VERSION = "0x030A0000"
 
-COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+# -- what is compiled, and how --
+
+CPU, CUDA = "baft_kernels._cpu", "baft_kernels._cuda"
+SWITCHES = {CPU: "BAFT_BUILD_CPU", CUDA: "BAFT_BUILD_CUDA"}
+
+COMMON = ["-O3", "-fPIC", "-fvisibility=hidden"]
 # GCC warns about its own AVX-512 headers (its bug 105593).
-QUIET = ["-Wno-maybe-uninitialized", "-Wno-missing-field-initializers"]
+CXX = ["-std=c++17", "-ffp-contract=fast", "-g0", "-Wall", "-Wextra"]
+CXX += ["-Wno-maybe-uninitialized", "-Wno-missing-field-initializers"]
+NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+
+# Those that nvcc knows of them. Clusters of CTAs, and copies that run on their own, begin with sm_90.
+ARCHITECTURES = ("90a", "100a")
+
 VARIANTS = {
     "csrc/cpu/avx512bf16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"],
     "csrc/cpu/avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"],
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
-SOURCES = [
-    "csrc/bindings.cpp",
-    *(
-        f"csrc/cpu/{name}.cpp"
-        for name in ("forward", "backward", "dispatch", "avx512bf16", "avx512", "avx2", "portable")
-    ),
-]
+SOURCES = {
+    CPU: [
+        "csrc/cpu_bindings.cpp",
+        *(f"csrc/cpu/{name}.cpp" for name in ("forward", "backward", "dispatch")),
+        *(f"csrc/cpu/{name}.cpp" for name in ("avx512bf16", "avx512", "avx2", "portable")),
+    ],
+    CUDA: ["csrc/cuda_bindings.cpp", *(f"csrc/cuda/{name}.cu" for name in ("forward", "pack"))],
+}
 
 
 class BuildWithNinja(build_ext):
@@ -50,7 +67,7 @@ class BuildWithNinja(build_ext):
         try:
             self._build(ext)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
-            if os.environ.get("BAFT_BUILD_CPU") == "1":
+            if os.environ.get(SWITCHES[ext.name]) == "1":
                 raise
             print(f"baft-kernels: {ext.name} isn't built: {error}", file=sys.stderr)
 
@@ -59,36 +76,45 @@ class BuildWithNinja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(_build_file(target))
+        (folder / "build.ninja").write_text("\n".join(_build_file(ext.name, target)) + "\n")
         subprocess.run([_ninja(), "-C", str(folder), "--quiet"], check=True)
 
 
-def _build_file(target: Path) -> str:
-    """Rules and one line for each source, with the flags of its instruction set."""
+def _build_file(name: str, target: Path) -> Iterable[str]:
+    """Rules, and one line for each source, with the flags of its instruction set."""
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX").split()[0]
     if shutil.which(compiler.split()[0]) is None:
         raise RuntimeError(f"no C++ compiler ({compiler}); set CXX")
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    flags = " ".join([*COMMON, *QUIET, *(f"-isystem {folder}" for folder in _headers())])
-    lines = [
-        f"flags = {flags} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DPy_LIMITED_API={PYTHON_TARGET_VERSION}",
-        "rule compile",
-        f"  command = {compiler} $flags $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $in",
-        "rule link",
-        f"  command = {compiler} {shared} $in -o $out -L{_torch() / 'lib'} -ltorch_cpu -lc10",
-        "  description = $out",
-    ]
-    objects = [f"{Path(source).stem}.o" for source in SOURCES]
-    for source, built in zip(SOURCES, objects, strict=True):
-        lines.append(f"build {built}: compile {_escaped(ROOT.absolute() / source)}")
-        if X86 and source in VARIANTS:
-            lines.append(f"  more = {' '.join(VARIANTS[source])}")
+    versions = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DPy_LIMITED_API={PYTHON_TARGET_VERSION}"
+    headers = " ".join(f"-isystem {folder}" for folder in _headers())
+    flags = f"{' '.join(COMMON + CXX)} {headers} {versions} $more"
+    yield from _rule("cxx", f"{compiler} {flags} -MMD -MF $out.d -c $in -o $out")
+    if name == CUDA:
+        nvcc = f"{_nvcc()} -ccbin {compiler}"
+        targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in _architectures())
+        yield from _rule("nvcc", f"{nvcc} {' '.join(NVCC)} {targets} -MMD -MF $out.d -c $in -o $out")
+        linker = f"{nvcc} -shared -cudart=static"
+    else:
+        linker = f"{compiler} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'}"
     # No run path: torch's libraries are found by name, since torch is imported, from wherever it is then, before.
-    lines.append(f"build {_escaped(target)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    yield from _rule("link", f"{linker} $in -o $out -L{_torch() / 'lib'} -ltorch_cpu -lc10", depends=False)
+    objects = []
+    for source in SOURCES[name]:
+        objects.append(f"{Path(source).stem}.o")
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        yield f"build {objects[-1]}: {rule} {_escaped(ROOT.absolute() / source)}"
+        if X86 and source in VARIANTS:
+            yield f"  more = {' '.join(VARIANTS[source])}"
+    yield f"build {_escaped(target)}: link {' '.join(objects)}"
+
+
+def _rule(name: str, command: str, *, depends: bool = True) -> Iterable[str]:
+    yield from (f"rule {name}", f"  command = {command}", "  description = $out")
+    if depends:
+        yield from ("  depfile = $out.d", "  deps = gcc")
+
+
+# -- what there is --
 
 
 def _torch() -> Path:
@@ -100,6 +126,19 @@ def _torch() -> Path:
 
 def _headers() -> list[Path | str]:
     return [_torch() / "include", _torch() / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if found is None:
+        raise RuntimeError("nvcc isn't installed; set CUDA_HOME")
+    return found
+
+
+def _architectures() -> list[str]:
+    known = subprocess.run([_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
 
 
 def _ninja() -> str:
@@ -114,11 +153,17 @@ def _escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-extensions = (
-    []
-    if os.environ.get("BAFT_BUILD_CPU") == "0"
-    else [Extension("baft_kernels._cpu", SOURCES, py_limited_api=True, optional=True)]
-)
+def _wanted(name: str) -> bool:
+    asked = os.environ.get(SWITCHES[name])
+    if name == CPU or asked:
+        return asked != "0"
+    try:
+        return runpy.run_path(str(_torch() / "version.py"))["cuda"] is not None and bool(_nvcc())
+    except (OSError, RuntimeError, KeyError):
+        return False
+
+
+extensions = [Extension(name, SOURCES[name], py_limited_api=True, optional=True) for name in SOURCES if _wanted(name)]
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildWithNinja},

@@ -90,7 +90,7 @@ def baft(
     parameters = Parameters(basis, source, source_bias, gate, gate_bias)
     check_call(h, parameters, gate_fn)
     rows = None if positions is None else rows_of(positions, h)
-    serving = resolve_backend(backend, h)
+    serving = resolve_backend(backend, h, basis.shape[-2])
     if serving == REFERENCE:
         result = baft_reference(h, *parameters, gate_fn, rows)
     else:
@@ -138,7 +138,7 @@ def baft_(
     parameters = Parameters(basis, source, source_bias, gate, gate_bias)
     check_call(h, parameters, gate_fn)
     rows = None if positions is None else rows_of(positions, h)
-    serving = resolve_backend(backend, h)
+    serving = resolve_backend(backend, h, basis.shape[-2])
     if serving == REFERENCE:
         return h.copy_(baft_reference(h, *parameters, gate_fn, rows).out)
     flat_rows = None if rows is None else rows.reshape(-1)
@@ -188,7 +188,7 @@ def grouped_baft(
     check_call(h, parameters, gate_fn, sets=sets)
     adapters = check_adapters(adapter_ids, h, sets)
     rows = None if positions is None else rows_of(positions, h)
-    serving = resolve_backend(backend, h)
+    serving = resolve_backend(backend, h, basis.shape[-2])
     if serving == REFERENCE:
         result = _grouped_reference(h, parameters, rows, adapters, gate_fn)
     else:

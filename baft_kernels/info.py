@@ -31,8 +31,8 @@ def collect() -> dict[str, Any]:
         gpus: the names of the GPUs that torch sees.
         backends: for each known backend, whether it is usable, the reason if it isn't, and why ``"auto"`` passes over
             one that is (``unproven``).
-        auto: the backend that ``"auto"`` chooses for a bfloat16 tensor on each kind of device that is here; None with a
-            reason if ``BAFT_BACKEND`` asks for one that can't serve.
+        auto: the backend that ``"auto"`` chooses on each kind of device that is here, for a bfloat16 h of width 4096
+            and 16 bases; None with a reason if ``BAFT_BACKEND`` asks for one that can't serve.
         environment: each variable of ``ENVIRONMENT_VARIABLES`` with its value, None for unset.
     """
     return {
@@ -59,7 +59,7 @@ def _state(backend: str) -> dict[str, Any]:
 
 def _choice(device: str) -> dict[str, str | None]:
     try:
-        chosen = resolve_backend("auto", torch.empty(1, 1, dtype=torch.bfloat16, device=device))
+        chosen = resolve_backend("auto", torch.empty(1, 4096, dtype=torch.bfloat16, device=device), rank=16)
         return {"backend": chosen, "reason": None}
     except ValueError as error:
         return {"backend": None, "reason": str(error)}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from baft_kernels.backends import FUSED, resolve_backend
+from baft_kernels.backends import candidates
 
 __all__ = [
     "ITERATIONS",
@@ -103,12 +103,12 @@ def retract_all_(bases: Sequence[Tensor], *, backend: str = "auto") -> None:
         backend: as for ``baft``.
 
     Raises:
-        TypeError, ValueError: as ``retract_``; for a backend that can't serve the first of ``bases``.
+        TypeError, ValueError: as ``retract_``; for a backend that isn't usable here.
     """
     if not bases:
         return
-    serving = FUSED.get(resolve_backend(backend, bases[0]))
-    distances = None if serving is None else serving.retract(bases)
+    attempts = (serving.retract(bases) for serving in candidates(backend))
+    distances = next((found for found in attempts if found is not None), None)
     left = bases if distances is None else [b for b, d in zip(bases, distances.tolist(), strict=True) if not d <= NEAR]
     for basis in left:
         retract_(basis)

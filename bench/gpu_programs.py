@@ -73,7 +73,7 @@ def few_calls() -> None:
         h, parameters = _arguments(2, case)
         every_third = torch.arange(0, case.rows, 3) if listed else torch.arange(2 * case.rows).view(2, -1) % 3 == 0
         sets = [torch.stack([value, value]).detach().requires_grad_() for value in parameters]
-        for backend in fused_backends(h):
+        for backend in fused_backends(h, case.r):
             print(f"{backend}: {case.name} {gate_fn}{' listed' * listed}{' grouped' * grouped}")
             options = {"gate_fn": gate_fn, "positions": every_third.to(h.device), "backend": backend}
             results = [baft_(h.clone(), *parameters, **options)]
@@ -94,7 +94,7 @@ def repeated_calls(launches: str) -> None:
     differing: dict[str, int] = {}
     for case in REPEATED:
         h, parameters = _arguments(1, case)
-        for backend in fused_backends(h):
+        for backend in fused_backends(h, case.r):
             first = _results(baft, h, parameters, backend=backend)
             again = (_results(baft, h, parameters, backend=backend) for _ in range(int(launches)))
             differing[f"{backend}, {case.name}"] = sum(not all(map(_same_bits, first, results)) for results in again)

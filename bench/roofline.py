@@ -94,7 +94,7 @@ def main() -> None:
 def measure(case: Case, rivals: dict[str, Variant], device: torch.device, rounds: int) -> list[Row]:
     """Check the op on each backend, then time everything that is right."""
     operands = draw(case, device)
-    backends = fused_backends(torch.empty(1, case.d, dtype=case.dtype, device=device))
+    backends = fused_backends(torch.empty(1, case.d, dtype=case.dtype, device=device), case.r)
     problems = {name: _problem(case, operands, name, device) for name in backends}
     variants = rivals | {name: op_on(name) for name in backends if problems[name] is None}
     rotation = max(1, min(4096, PAST_CACHES // (case.rows * case.d * case.dtype.itemsize)))

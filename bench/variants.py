@@ -100,12 +100,12 @@ def op_on(backend: str) -> Variant:
     return variant
 
 
-def fused_backends(h: Tensor) -> list[str]:
-    """The fused backends that serve ``h`` here."""
+def fused_backends(h: Tensor, rank: int) -> list[str]:
+    """The fused backends that serve ``h`` here, with so many bases."""
     served = []
     for name in KNOWN_BACKENDS:
         try:
-            resolve_backend(name, h)
+            resolve_backend(name, h, rank)
         except ValueError:
             continue
         if name != "reference":

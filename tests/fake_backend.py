@@ -21,7 +21,7 @@ class FakeBackend(Backend):
     def why_unusable(self) -> str | None:
         return self.unusable
 
-    def why_not(self, h: Tensor) -> str | None:
+    def why_not(self, h: Tensor, rank: int) -> str | None:
         return self.unfit
 
     def forward(

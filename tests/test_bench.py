@@ -37,7 +37,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     served = roofline.baft
     monkeypatch.setattr(roofline, "baft", slightly_wrong)
-    monkeypatch.setattr(roofline, "fused_backends", lambda h: ["cpu"])
+    monkeypatch.setattr(roofline, "fused_backends", lambda h, rank: ["cpu"])
     eager = {"eager": RIVALS["eager"]}
     rows = {row.variant: row for row in roofline.measure(CASE, eager, CPU, rounds=1)}
     assert rows["cpu"].spread is None

@@ -167,7 +167,7 @@ def test_auto_waits_for_a_run_on_a_gpu() -> None:
 )
 def test_what_it_cannot_serve(h: Tensor, says: str) -> None:
     with pytest.raises(ValueError, match=f"backend: expected one that serves this call, got 'triton': it {says}"):
-        resolve_backend("triton", h)
+        resolve_backend("triton", h, 1)
 
 
 def test_adapters_that_do_not_divide_the_batch_are_refused() -> None:

@@ -128,7 +128,7 @@ class CpuBackend(Backend):
     def why_unusable(self) -> str | None:
         return _PROBLEM
 
-    def why_not(self, h: Tensor) -> str | None:
+    def why_not(self, h: Tensor, rank: int) -> str | None:
         if h.device.type != "cpu":
             return f"it serves tensors on the CPU, and h is on {h.device}"
         if h.dtype == torch.float64:

@@ -24,8 +24,8 @@ class Backend(ABC):
         """Why it can't be used in this installation or on this machine; None if it can."""
 
     @abstractmethod
-    def why_not(self, h: Tensor) -> str | None:
-        """Why it can't serve a call on such an ``h``, though it is usable; None if it can."""
+    def why_not(self, h: Tensor, rank: int) -> str | None:
+        """Why it can't serve a call on such an ``h`` with so many bases, though it is usable; None if it can."""
 
     @abstractmethod
     def forward(

@@ -16,10 +16,16 @@ import torch
 from variants import Case, draw, fused_backends
 
 from baft_kernels import BaftIntervention, baft, grouped_baft, retract_
+from baft_kernels.backends import FUSED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ["reference", *fused_backends(torch.empty(1, 1, device=DEVICE))]
+BACKENDS = ["reference", *FUSED]
 ROWS = (1, 16, 256, 2048) if DEVICE.type == "cpu" else (1, 16, 256, 4096, 32768)
+
+
+def skip_unless_served(backend: str, h: torch.Tensor, rank: int) -> None:
+    if backend not in ("reference", *fused_backends(h, rank)):
+        pytest.skip(f"{backend} doesn't serve this here")
 
 
 def timed(benchmark: Any, function: Callable[[], object]) -> None:
@@ -50,6 +56,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def test_forward(rows: int, d: int, r: int, dtype: torch.dtype, backend: str, benchmark: Any) -> None:
     operands = draw(Case(rows, d, r, dtype, training=False), DEVICE)
     h = torch.randn(rows, d, device=DEVICE).to(dtype)
+    skip_unless_served(backend, h, r)
     timed(benchmark, lambda: baft(h, *operands.masters, backend=backend))
 
 
@@ -58,6 +65,7 @@ def test_forward(rows: int, d: int, r: int, dtype: torch.dtype, backend: str, be
 def test_forward_and_backward(rows: int, d: int, dtype: torch.dtype, backend: str, benchmark: Any) -> None:
     operands = draw(Case(rows, d, 16, dtype, training=True), DEVICE)
     h = torch.randn(rows, d, device=DEVICE).to(dtype).requires_grad_()
+    skip_unless_served(backend, h, 16)
     gradient = torch.randn_like(h)
     inputs = [h, *operands.masters]
     timed(benchmark, lambda: torch.autograd.grad(baft(h, *operands.masters, backend=backend), inputs, gradient))
@@ -67,6 +75,7 @@ def test_module_in_a_training_step(dtype: torch.dtype, backend: str, benchmark: 
     layer = BaftIntervention(4096, 16, device=DEVICE, backend=backend)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     h = torch.randn(8, 32, 4096, device=DEVICE).to(dtype)
+    skip_unless_served(backend, h, 16)
 
     def step() -> None:
         layer(h).square().mean().backward()
@@ -90,4 +99,5 @@ def test_grouped(sets: int, dtype: torch.dtype, backend: str, benchmark: Any) ->
     parameters = [tensor.expand(sets, *tensor.shape).contiguous() for tensor in operands.masters]
     h = torch.randn(sets, 16, 1024, device=DEVICE).to(dtype)
     ids = torch.arange(sets, device=DEVICE)
+    skip_unless_served(backend, h, 16)
     timed(benchmark, lambda: grouped_baft(h, *parameters, ids, backend=backend))

@@ -37,6 +37,7 @@ struct ForwardStream {
   static constexpr int kSlice = kWarps * kStrip;
   static constexpr int kWidth = kCluster * kSlice; // d
   static constexpr int kOwned = kRows / kCluster;  // rows of a tile that a CTA finds w and u of
+  static constexpr int kGating = kOwned * kRank / 2; // threads that do, each for two bases of a row
   static constexpr int kComputing = 32 * kWarps;
   static constexpr int kThreads = kComputing + 32;
 
@@ -44,8 +45,7 @@ struct ForwardStream {
   static_assert(kStrip % kBlockColumns == 0, "parameters are packed in blocks of 16 columns");
   static_assert(kRank == 8 || kRank == 16 || kRank == 32, "ranks are padded to 8, 16 or 32");
   static_assert(kRows % kCluster == 0, "every CTA owns equally many rows of a tile");
-  static_assert(kOwned * kRank / 2 <= kComputing, "a thread finds two bases of one row");
-  static_assert(kOwned * kRank / 2 % 32 == 0, "whole warps do so, since they shuffle");
+  static_assert(kGating <= kComputing, "each of them computes, too");
   static_assert(kStages >= 2, "one tile is computed while the next one arrives");
 
   // -- shared memory, in bytes --
@@ -58,6 +58,23 @@ struct ForwardStream {
   static constexpr int kUpdateAt = kSumsAt + kSumsBytes;
   static constexpr int kBarriersAt = kUpdateAt + kUpdateBytes;
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 2);
+};
+
+// The tile and the stages of an instance. Wide slices fill shared memory with 16 rows a tile; narrow ones take 32, since
+// the exchange between CTAs costs the same for both. Then as many stages as fit, up to what hides the latency of memory.
+template <class T, int kCluster, int kWarps, int kStrip, int kRank>
+struct ForwardStreamInstance {
+  static constexpr bool kNarrow = kWarps * kStrip <= 512 && 32 / kCluster * kRank / 2 <= 32 * kWarps;
+  template <int kStages>
+  using With = ForwardStream<T, kCluster, kWarps, kStrip, kRank, kNarrow ? 32 : 16, kStages>;
+  template <int kStages>
+  static constexpr int fitting() {
+    if constexpr (With<kStages>::kSharedBytes <= kLargestSharedBytes)
+      return kStages;
+    else
+      return fitting<kStages - 1>();
+  }
+  using Type = With<fitting<6>()>;
 };
 
 template <class K>
@@ -113,7 +130,8 @@ template <class K>
 BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t set, const float4* sums,
                                const ForwardStreamBarriers<K>& barriers) {
   constexpr int kPairs = K::kRank / 2;
-  const int owned = thread() / kPairs, k = thread() % kPairs * 2;
+  const bool mine = thread() < K::kGating; // whole warps come here, since they shuffle
+  const int owned = mine ? thread() / kPairs : 0, k = thread() % kPairs * 2;
   const int in_tile = cluster_rank() * K::kOwned + owned;
   float4 pz = load_bias(call, set, k);
   BAFT_UNROLL
@@ -122,7 +140,7 @@ BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t se
     pz.x += part.x, pz.y += part.y, pz.z += part.z, pz.w += part.w;
   }
   const float2 w = gates<kPairs>(call, k, pz.y, pz.w);
-  const bool exists = in_tile < tile.count;
+  const bool exists = mine && in_tile < tile.count;
   const int64_t row = exists ? row_of(call.rows, tile.first + in_tile) : 0;
   const bool edited = exists && is_edited(call.rows, row);
   const float2 u = make_float2(w.x * pz.x, w.y * pz.z);
@@ -132,6 +150,7 @@ BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t se
   }
   const uint32_t word = pack_saturated<typename K::T>(u.x, u.y);
   const Address to = address_of(shared_memory() + K::kUpdateAt) + (in_tile * K::kRank + k) * 2;
+  if (!mine) return;
   BAFT_UNROLL
   for (int rank = 0; rank < K::kCluster; ++rank) send(in_cta(to, rank), word, in_cta(barriers.update(), rank));
 }
@@ -193,7 +212,7 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
     }
 
     // gate
-    if (thread() < K::kOwned * K::kRank / 2) {
+    if (thread() < (K::kGating + 31) / 32 * 32) {
       barrier_wait(barriers.sums(), j % 2);
       gate_and_send<K>(call, tile, set, reinterpret_cast<const float4*>(shared_memory() + K::kSumsAt), barriers);
     }

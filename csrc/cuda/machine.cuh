@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+namespace baft::cuda {
+constexpr int kLargestSharedBytes = 227 << 10; // that a CTA can have on sm_90 and sm_100
+}
+
 #ifdef BAFT_EMULATED
 #include "emulator.h"
 #else
@@ -129,6 +133,7 @@ BAFT_DEVICE void give_registers() {
 // -- between lanes --
 
 BAFT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+BAFT_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(~0u, holds); } // bit i: whether it holds in lane i
 // Four 8 x 8 matrices of 16 bits; lane 8 m + i says where row i of matrix m is. See fragments.h for who holds what.
 BAFT_DEVICE void load_matrices(uint32_t (&to)[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -27,7 +27,7 @@ class TritonBackend(Backend):
     def why_unusable(self) -> str | None:
         return triton.why_unusable()
 
-    def why_not(self, h: Tensor) -> str | None:
+    def why_not(self, h: Tensor, rank: int) -> str | None:
         if h.device.type != "cuda" and not (h.device.type == "cpu" and triton.interpreted()):
             return f"it serves tensors on an NVIDIA GPU, and h is on {h.device}"
         if h.dtype == torch.float64:
@@ -56,7 +56,8 @@ class TritonBackend(Backend):
             b.dtype == torch.float32 and b.is_contiguous() and b.device == here and len(b) <= triton.MAX_RETRACTION_RANK
             for b in bases
         )
-        return triton.retract(list(bases)) if all(fitting) else None
+        runs_here = here.type == "cuda" or (here.type == "cpu" and triton.interpreted())
+        return triton.retract(list(bases)) if runs_here and all(fitting) else None
 
     def backward(
         self,

@@ -1,0 +1,48 @@
+// Launches the forward kernels.
+#include "forward_stream.cuh"
+#include "instances.h"
+#include "launch.h"
+#include "launches.h"
+
+namespace baft::cuda {
+namespace {
+
+template <class T, int kCluster, int kWarps, int kStrip, int kRank>
+const char* stream_rows(const Forward& call, void* stream) {
+  using K = typename ForwardStreamInstance<T, kCluster, kWarps, kStrip, kRank>::Type;
+  const int64_t tiles = call.rows.sequences * ((call.rows.length + K::kRows - 1) / K::kRows);
+  const int at_a_time = clusters_at_a_time<forward_stream<K>>(K::kCluster, K::kThreads, K::kSharedBytes);
+  if (at_a_time == 0) return "this device can't run the kernel: it takes clusters and 227 KiB of shared memory";
+  const int64_t clusters = tiles < at_a_time ? tiles : at_a_time;
+  return launch_clusters(forward_stream<K>, clusters, K::kCluster, K::kThreads, K::kSharedBytes, stream, call);
+}
+
+template <class T>
+const char* launch_in(const Forward& call, int64_t width, void* stream) {
+  const int rank = padded_rank(call.rank);
+#define BAFT_CASE(WIDTH, RANK, CLUSTER, WARPS, STRIP)                                   \
+  if (width == WIDTH && rank == RANK) {                                                 \
+    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width"); \
+    return stream_rows<T, CLUSTER, WARPS, STRIP, RANK>(call, stream);                   \
+  }
+  BAFT_FORWARD_STREAM(BAFT_CASE)
+#undef BAFT_CASE
+  return "no kernel is compiled for this width and rank";
+}
+
+} // namespace
+
+bool has_forward(int64_t width, int64_t rank) {
+#define BAFT_CASE(WIDTH, RANK, ...) \
+  if (width == WIDTH && padded_rank(rank) == RANK) return true;
+  BAFT_FORWARD_STREAM(BAFT_CASE)
+#undef BAFT_CASE
+  return false;
+}
+
+const char* launch_forward(const Forward& call, int64_t width, Dtype dtype, void* stream) {
+  if (call.rows.sequences * call.rows.length == 0) return nullptr;
+  return dtype == Dtype::bfloat16 ? launch_in<Bfloat16>(call, width, stream) : launch_in<Float16>(call, width, stream);
+}
+
+} // namespace baft::cuda

@@ -1,0 +1,35 @@
+// Which shapes the kernels are compiled for: one line for each width d and padded rank. Other calls go to Triton.
+//
+// A warp of the streaming kernels holds the parameters of its strip in registers, 3/64 rank words a column and lane: a
+// strip of 2048 / rank columns takes 96 of the 168 registers that twelve warps leave each thread. The cluster is the
+// smallest that covers d so; clusters of more than 8 CTAs aren't portable, which leaves d = 8192 at rank 32 to Triton.
+#pragma once
+
+// DO(width, rank, CTAs of a cluster, warps, columns of a warp's strip)
+#define BAFT_FORWARD_STREAM(DO) \
+  DO(768, 8, 1, 6, 128)         \
+  DO(768, 16, 1, 6, 128)        \
+  DO(768, 32, 2, 6, 64)         \
+  DO(1024, 8, 1, 8, 128)        \
+  DO(1024, 16, 1, 8, 128)       \
+  DO(1024, 32, 2, 8, 64)        \
+  DO(2048, 8, 1, 8, 256)        \
+  DO(2048, 16, 2, 8, 128)       \
+  DO(2048, 32, 4, 8, 64)        \
+  DO(2560, 8, 2, 10, 128)       \
+  DO(2560, 16, 2, 10, 128)      \
+  DO(2560, 32, 4, 10, 64)       \
+  DO(3072, 8, 2, 6, 256)        \
+  DO(3072, 16, 4, 6, 128)       \
+  DO(3072, 32, 8, 6, 64)        \
+  DO(3584, 8, 2, 7, 256)        \
+  DO(3584, 16, 4, 7, 128)       \
+  DO(3584, 32, 8, 7, 64)        \
+  DO(4096, 8, 2, 8, 256)        \
+  DO(4096, 16, 4, 8, 128)       \
+  DO(4096, 32, 8, 8, 64)        \
+  DO(5120, 8, 4, 10, 128)       \
+  DO(5120, 16, 4, 10, 128)      \
+  DO(5120, 32, 8, 10, 64)       \
+  DO(8192, 8, 4, 8, 256)        \
+  DO(8192, 16, 8, 8, 128)

@@ -1,0 +1,54 @@
+// Launching a kernel whose CTAs form clusters.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <mutex>
+
+namespace baft::cuda {
+
+// How many clusters of a kernel run on the current device at a time, 0 if none can; asked once for each device.
+template <auto kernel>
+int clusters_at_a_time(int cluster, int threads, int shared_bytes) {
+  constexpr int kDevices = 64;
+  static std::mutex asking;
+  static int known[kDevices] = {};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  const std::lock_guard<std::mutex> guard(asking);
+  if (known[device]) return known[device];
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) != cudaSuccess) return 0;
+  cudaLaunchAttribute shape;
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
+  return known[device] = clusters;
+}
+
+// Launch on so many clusters; null, or what CUDA says is wrong.
+template <class... Parameters, class... Arguments>
+const char* launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int cluster, int threads, int shared_bytes,
+                            void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute shape;
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+} // namespace baft::cuda

@@ -1,0 +1,20 @@
+// Launches the packing.
+#include "launches.h"
+#include "pack.cuh"
+
+namespace baft::cuda {
+
+const char* launch_pack(const Pack* layers, int count, Dtype dtype, void* stream) {
+  constexpr int kShare = 32; // blocks of threads for a layer: its few hundred KB in some microseconds
+  for (int first = 0; first < count; first += kPackLayers) {
+    PackTable table = {};
+    const int some = count - first < kPackLayers ? count - first : kPackLayers;
+    for (int i = 0; i < some; ++i) table.layers[i] = layers[first + i];
+    const auto kernel = dtype == Dtype::bfloat16 ? pack<Bfloat16> : pack<Float16>;
+    kernel<<<some * kShare, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, kShare);
+  }
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+} // namespace baft::cuda
