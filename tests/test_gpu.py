@@ -358,3 +358,36 @@ def test_the_bases_of_all_layers(backend: str) -> None:
     for basis, wanted in zip(bases, expected, strict=True):
         assert orthonormality_error(basis) <= 5e-7
         torch.testing.assert_close(basis.cpu().double(), wanted, rtol=0, atol=1e-6)
+
+
+# -- staying right --
+
+
+@every_backend
+@pytest.mark.parametrize("rows", [1, 200])
+def test_ten_thousand_launches_give_the_same_bits(rows: int, backend: str) -> None:
+    call = draw_call((rows,), 4096, 16, dtype=torch.bfloat16).to(GPU)
+    with torch.no_grad():
+        first = on(backend)(*call)
+        differing = torch.zeros((), dtype=torch.int64, device=GPU)
+        for _ in range(10_000):
+            for actual, expected in zip(on(backend)(*call), first, strict=True):
+                differing += (actual != expected).sum()
+    assert differing.item() == 0
+
+
+@every_backend
+def test_running_out_of_memory_in_the_middle_harms_nothing(backend: str) -> None:
+    call = draw_call((64,), 4096, 16, dtype=torch.bfloat16).to(GPU)
+    expected = on(backend)(*call).out
+    big = torch.zeros(2**14, 4096, dtype=torch.bfloat16, device=GPU)  # its output doesn't fit
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    hoard = torch.empty(max(1, free - 2**26), dtype=torch.uint8, device=GPU)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            on(backend)(*call._replace(h=big))
+    finally:
+        del hoard
+        torch.cuda.empty_cache()
+    assert torch.equal(on(backend)(*call).out, expected)

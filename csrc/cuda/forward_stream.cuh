@@ -111,7 +111,7 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
       sync_warp();
       load(j + K::kStages - 1);
     }
-    barrier_wait(barriers.done(stage), j / K::kStages % 2);
+    barrier_wait_local(barriers.done(stage), j / K::kStages % 2);
     const auto tile = tiles.at(j);
     if (lane() < tile.count) {
       const int64_t row = row_of(call.rows, tile.first + lane());
@@ -121,7 +121,7 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
     }
     close_copies_out();
   }
-  wait_copies_out();
+  wait_copies_read(); // shared memory lasts as long as its CTA
 }
 
 // -- gate: w and u of two neighbouring bases of one row --
@@ -184,7 +184,7 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
       barrier_expect(barriers.sums(), K::kSumsBytes);
       barrier_expect(barriers.update(), K::kUpdateBytes);
     }
-    barrier_wait(barriers.full(stage), j / K::kStages % 2);
+    barrier_wait_local(barriers.full(stage), j / K::kStages % 2);
 
     // project
     BAFT_UNROLL

@@ -19,6 +19,7 @@ constexpr int kLargestSharedBytes = 227 << 10; // that a CTA can have on sm_90 a
 
 #define BAFT_DEVICE __device__ __forceinline__
 #define BAFT_KERNEL(THREADS) __global__ void __launch_bounds__(THREADS, 1)
+#define BAFT_KERNEL_SHARING(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS) // blocks on an SM
 #define BAFT_UNROLL _Pragma("unroll")
 
 namespace baft::cuda {
@@ -64,7 +65,18 @@ BAFT_DEVICE void barrier_expect(Address barrier, int bytes) {
 BAFT_DEVICE void barrier_arrive(Address barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Wait for the end of the phase with this parity: 0 for the first, 1 for the second, and so on in turns.
+// Wait for the end of the phase with this parity: 0 for the first, 1 for the second, and so on in turns. Then what other
+// CTAs sent is seen; and with the local form, what came from this CTA and its copies.
+BAFT_DEVICE void barrier_wait_local(Address barrier, int parity) {
+  asm volatile("{\n"
+               ".reg .pred done;\n"
+               "again_%=:\n"
+               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra again_%=;\n"
+               "}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
 BAFT_DEVICE void barrier_wait(Address barrier, int parity) {
   asm volatile("{\n"
                ".reg .pred done;\n"
@@ -107,10 +119,13 @@ BAFT_DEVICE void send(Address to, uint32_t word, Address barrier) {
                "r"(barrier)
                : "memory");
 }
+BAFT_DEVICE void send(Address to, float value, Address barrier) { send(to, __float_as_uint(value), barrier); }
 
 // -- meeting --
 
 BAFT_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same without a fence: the other CTAs then see no more than what fence_barrier_init() released.
+BAFT_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 BAFT_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 BAFT_DEVICE void sync_block() { __syncthreads(); }
 BAFT_DEVICE void sync_threads(int barrier, int threads) {
@@ -198,6 +213,7 @@ struct Float16 {
 // -- functions --
 
 BAFT_DEVICE float exponential(float x) { return __expf(x); }
+BAFT_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 template <class Word>
 BAFT_DEVICE Word load_constant(const Word* from) { // of memory that nothing writes while the kernel runs
   return __ldg(from);

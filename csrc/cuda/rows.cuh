@@ -12,22 +12,24 @@ struct Tile {
   int count;     // of items
 };
 
-// The tiles of one cluster: equally many for each, neighbours together, so that parameters are seldom loaded anew.
+// The tiles of one cluster, fewer than 2^31: equally many for each, neighbours together, so that parameters are seldom
+// loaded anew.
 template <int kRows>
 struct Tiles {
-  int64_t length, per_sequence, begin;
+  int64_t length;
+  unsigned per_sequence, begin;
   int count;
 
   BAFT_DEVICE Tiles(const Rows& rows, int cluster, int clusters)
-      : length(rows.length), per_sequence((rows.length + kRows - 1) / kRows) {
+      : length(rows.length), per_sequence(static_cast<unsigned>((rows.length + kRows - 1) / kRows)) {
     const int64_t all = rows.sequences * per_sequence;
-    begin = all * cluster / clusters;
+    begin = static_cast<unsigned>(all * cluster / clusters);
     count = static_cast<int>(all * (cluster + 1) / clusters - begin);
   }
 
   BAFT_DEVICE Tile at(int j) const {
-    const int64_t tile = begin + j, sequence = tile / per_sequence, start = tile % per_sequence * kRows;
-    const int64_t left = length - start;
+    const unsigned tile = begin + j, sequence = tile / per_sequence;
+    const int64_t start = static_cast<int64_t>(tile % per_sequence) * kRows, left = length - start;
     return {sequence, sequence * length + start, static_cast<int>(left < kRows ? left : kRows)};
   }
 };

@@ -24,6 +24,7 @@
 
 #define BAFT_DEVICE inline
 #define BAFT_KERNEL(THREADS) static void
+#define BAFT_KERNEL_SHARING(THREADS, BLOCKS) static void
 #define BAFT_UNROLL
 
 struct float2 { float x, y; };
@@ -315,6 +316,8 @@ inline void barrier_wait(Address address, int parity) {
   emulator::cluster().wait_until([&] { return barrier.phase % 2 != parity; }, barrier.waiting, "a barrier's phase");
 }
 
+inline void barrier_wait_local(Address barrier, int parity) { barrier_wait(barrier, parity); }
+
 // -- copies --
 
 inline void copy_in(Address to, const void* from, int bytes, Address barrier) {
@@ -378,6 +381,7 @@ inline void send_value(Address to, Value value, Address barrier) {
 }
 inline void send(Address to, float4 values, Address barrier) { send_value(to, values, barrier); }
 inline void send(Address to, uint32_t word, Address barrier) { send_value(to, word, barrier); }
+inline void send(Address to, float value, Address barrier) { send_value(to, value, barrier); }
 
 // -- meeting --
 
@@ -389,6 +393,7 @@ inline void cluster_arrive() {
   ++barrier.arrived;
   emulator::cluster().end_phase_if_complete(barrier);
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::Barrier& barrier = emulator::cluster().barrier(0);
   const int phase = emulator::self().cluster_waits++;
@@ -414,6 +419,16 @@ inline float shuffle_xor(float value, int mask) {
   struct { float mine, found; } operands{value, 0.0f};
   emulator::together("a shuffle", operands, [mask](auto** all) {
     for (int i = 0; i < 32; ++i) all[i]->found = all[i ^ mask]->mine;
+  });
+  return operands.found;
+}
+
+inline uint32_t ballot(bool holds) {
+  struct { bool mine; uint32_t found; } operands{holds, 0};
+  emulator::together("a ballot", operands, [](auto** all) {
+    uint32_t found = 0;
+    for (int i = 0; i < 32; ++i) found |= static_cast<uint32_t>(all[i]->mine) << i;
+    for (int i = 0; i < 32; ++i) all[i]->found = found;
   });
   return operands.found;
 }
@@ -530,6 +545,7 @@ struct Float16 : Half<Float16> {
 // -- functions --
 
 inline float exponential(float x) { return std::exp(x); }
+inline float square_root(float x) { return std::sqrt(x); }
 template <class Word>
 inline Word load_constant(const Word* from) {
   return *from;
