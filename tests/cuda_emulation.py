@@ -16,7 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EmulatedParameters", "Rows", "Shape", "forward_stream", "library", "pack", "pointer", "run", "shapes"]
+__all__ = [
+    "BackwardShape",
+    "DecodeShape",
+    "EmulatedParameters",
+    "Gradients",
+    "Rows",
+    "Shape",
+    "backward",
+    "backward_shapes",
+    "decode_shapes",
+    "forward_decode",
+    "forward_stream",
+    "library",
+    "pack",
+    "pointer",
+    "run",
+    "shapes",
+]
 
 ROOT = Path(__file__).parents[1]
 GATES = ("sigmoid", "softmax", "none")
@@ -40,6 +57,27 @@ class Forward(ctypes.Structure):
     ]
 
 
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad_out", "h", "grad_input")),
+        *((name, ctypes.c_int64) for name in ("grad_out_stride", "h_stride", "grad_input_stride")),
+        ("rows", Rows),
+        *((name, ctypes.c_int) for name in ("rank", "gate")),
+        *((name, ctypes.c_void_p) for name in ("basis", "projection", "weights", "update")),
+        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_update")),
+        *((name, ctypes.c_void_p) for name in ("partial", "partial_bias", "slot_sets")),
+    ]
+
+
+class BackwardReduce(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("partial", "partial_bias", "slot_sets")),
+        *((name, ctypes.c_int) for name in ("slots", "parts")),
+        *((name, ctypes.c_int64) for name in ("sets", "rank", "padded_rank", "width")),
+        *((name, ctypes.c_void_p) for name in ("basis", "source", "source_bias", "gate", "gate_bias")),
+    ]
+
+
 class Pack(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("basis", "source", "source_bias", "gate", "gate_bias")),
@@ -59,6 +97,37 @@ class Shape(NamedTuple):
     width: int
     rank: int
     dtype: torch.dtype
+
+
+class DecodeShape(NamedTuple):
+    """What a kernel for few rows was compiled for; its tiles have at most so many ``rows``."""
+
+    number: int
+    width: int
+    rank: int
+    dtype: torch.dtype
+    rows: int
+
+
+class BackwardShape(NamedTuple):
+    """What a backward kernel was compiled for; its partial sums for the biases have so many ``parts``."""
+
+    number: int
+    width: int
+    rank: int
+    dtype: torch.dtype
+    parts: int
+
+
+class Gradients(NamedTuple):
+    """Of h in its dtype, and of N parameter sets in float32. None: not wanted, or without a gate."""
+
+    h: Tensor | None
+    basis: Tensor | None = None
+    source: Tensor | None = None
+    source_bias: Tensor | None = None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
 
 
 class EmulatedParameters(NamedTuple):
@@ -142,6 +211,51 @@ def forward_stream(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, w and u by the streaming kernel; arguments as of the Triton backend's ``forward``."""
+    call, out, weights, update = _forward(h, parameters, rank, gate_fn, rows, adapters, out)
+    run(library("forward").emulate_forward_stream, ctypes.byref(call), shape.number, clusters, ctypes.c_uint64(seed))
+    return out, weights, update
+
+
+def decode_shapes() -> list[DecodeShape]:
+    """What the forward kernel for few rows was compiled for."""
+    found: list[DecodeShape] = []
+    values = [ctypes.c_int() for _ in range(4)]
+    while library("decode").forward_decode_shape(len(found), *map(ctypes.byref, values)):
+        width, rank, dtype, rows = (value.value for value in values)
+        found.append(DecodeShape(len(found), width, rank, DTYPES[dtype], rows))
+    return found
+
+
+def forward_decode(
+    h: Tensor,
+    parameters: EmulatedParameters,
+    rank: int,
+    shape: DecodeShape,
+    *,
+    gate_fn: str,
+    rows: Tensor | None = None,
+    adapters: Tensor | None = None,
+    out: Tensor | None = None,
+    tile_rows: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, w and u by the kernel for few rows: a cluster for each ``tile_rows`` of them, or for as many as it can."""
+    call, out, weights, update = _forward(h, parameters, rank, gate_fn, rows, adapters, out)
+    arguments = (shape.number, tile_rows or shape.rows, ctypes.c_uint64(seed))
+    run(library("decode").emulate_forward_decode, ctypes.byref(call), *arguments)
+    return out, weights, update
+
+
+def _forward(
+    h: Tensor,
+    parameters: EmulatedParameters,
+    rank: int,
+    gate_fn: str,
+    rows: Tensor | None,
+    adapters: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Forward, Tensor, Tensor, Tensor]:
+    """A call and where its results go; NaN wherever a kernel has to write."""
     total = h.shape[0]
     listed = rows if rows is not None and rows.dtype != torch.bool else None
     mask = rows.view(torch.uint8) if rows is not None and listed is None else None
@@ -155,5 +269,72 @@ def forward_stream(
         h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), which, rank, GATES.index(gate_fn),
         *map(pointer, (parameters.forward_projection, parameters.forward_basis, parameters.bias, weights, update)),
     )  # fmt: skip
-    run(library("forward").emulate_forward_stream, ctypes.byref(call), shape.number, clusters, ctypes.c_uint64(seed))
-    return out, weights, update
+    return call, out, weights, update
+
+
+def backward_shapes() -> list[BackwardShape]:
+    """What the backward kernel was compiled for."""
+    found: list[BackwardShape] = []
+    values = [ctypes.c_int() for _ in range(4)]
+    while library("backward").backward_stream_shape(len(found), *map(ctypes.byref, values)):
+        width, rank, dtype, parts = (value.value for value in values)
+        found.append(BackwardShape(len(found), width, rank, DTYPES[dtype], parts))
+    return found
+
+
+def backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    grad_update: Tensor | None,
+    h: Tensor,
+    weights: Tensor,
+    update: Tensor,
+    parameters: EmulatedParameters,
+    shape: BackwardShape,
+    *,
+    gate_fn: str,
+    rows: Tensor | None = None,
+    adapters: Tensor | None = None,
+    grad_input: Tensor | None = None,
+    wants_input: bool = True,
+    wants_parameters: bool = True,
+    clusters: int = 2,
+    seed: int = 0,
+) -> Gradients:
+    """The gradients by the streaming kernel and the reduction; arguments as of the Triton backend's ``backward``.
+
+    Whatever the kernels have to write is filled with NaN, or with a set that isn't there, before they run.
+    """
+    rank, sets = weights.shape[1], parameters.bias.shape[0]
+    listed = rows if rows is not None and rows.dtype != torch.bool else None
+    mask = rows.view(torch.uint8) if rows is not None and listed is None else None
+    if grad_input is None and wants_input:
+        grad_input = torch.full_like(grad_out, torch.nan) if listed is None else grad_out.clone()
+    sequences = 1 if adapters is None else adapters.shape[0]
+    items = h.shape[0] if listed is None else listed.shape[0]
+    slots = sequences + clusters
+    partial = torch.full((slots, 3 * shape.rank, shape.width), torch.nan) if wants_parameters else None
+    partial_bias = torch.full((slots, shape.parts, 2 * shape.rank), torch.nan) if wants_parameters else None
+    slot_sets = torch.full((slots,), 1 << 20, dtype=torch.int32) if wants_parameters else None
+    call = Backward(
+        grad_out.data_ptr(), h.data_ptr() if wants_parameters else None, pointer(grad_input),
+        grad_out.stride(0), h.stride(0), 0 if grad_input is None else grad_input.stride(0),
+        Rows(pointer(listed), pointer(mask), pointer(adapters), sequences, items // sequences),
+        rank, GATES.index(gate_fn),
+        *map(pointer, (parameters.backward_basis, parameters.backward_projection, weights, update)),
+        *map(pointer, (grad_weights, grad_update, partial, partial_bias, slot_sets)),
+    )  # fmt: skip
+    arguments = (shape.number, clusters, ctypes.c_uint64(seed))
+    run(library("backward").emulate_backward_stream, ctypes.byref(call), *arguments)
+    if partial is None or slot_sets is None:
+        return Gradients(grad_input)
+    assert slot_sets.lt(sets).all(), "a slot that no cluster marked"
+    matrices = [torch.full((sets, rank, shape.width), torch.nan) for _ in range(2 if gate_fn == "none" else 3)]
+    vectors = [torch.full((sets, rank), torch.nan) for _ in matrices[1:]]
+    gradients = Gradients(grad_input, *matrices[:2], vectors[0], *matrices[2:], *vectors[1:])
+    reduce = BackwardReduce(
+        *map(pointer, (partial, partial_bias, slot_sets)), slots, shape.parts,
+        sets, rank, shape.rank, shape.width, *map(pointer, gradients[1:]),
+    )  # fmt: skip
+    run(library("backward").emulate_backward_reduce, ctypes.byref(reduce), ctypes.c_uint64(seed))
+    return gradients

@@ -1,4 +1,5 @@
 // Launches the forward kernels.
+#include "forward_decode.cuh"
 #include "forward_stream.cuh"
 #include "instances.h"
 #include "launch.h"
@@ -7,12 +8,28 @@
 namespace baft::cuda {
 namespace {
 
+constexpr int64_t kFewRows = 64; // up to which parameters take longer to load than h
+
+constexpr const char* kTooOld = "this device can't run the kernel: it takes clusters, and 227 KiB of shared memory";
+
+template <class T, int kCluster, int kWarps, int kStrip, int kRank>
+const char* decode_rows(const Forward& call, void* stream) {
+  using K = ForwardDecode<T, kCluster, kWarps, kStrip, kRank, 8>;
+  const int at_a_time = clusters_at_a_time<forward_decode<K>>(K::kCluster, K::kThreads, K::kSharedBytes);
+  if (at_a_time == 0) return kTooOld;
+  // As few rows a tile as let all clusters run at once: less goes from CTA to CTA.
+  const int64_t rows = (call.rows.sequences * call.rows.length + at_a_time - 1) / at_a_time;
+  const ClusterTiles tiles(call.rows, static_cast<int>(rows < K::kRows ? rows : K::kRows));
+  return launch_clusters(forward_decode<K>, tiles.count(call.rows), K::kCluster, K::kThreads, K::kSharedBytes, stream, call,
+                         tiles);
+}
+
 template <class T, int kCluster, int kWarps, int kStrip, int kRank>
 const char* stream_rows(const Forward& call, void* stream) {
   using K = typename ForwardStreamInstance<T, kCluster, kWarps, kStrip, kRank>::Type;
   const int64_t tiles = call.rows.sequences * ((call.rows.length + K::kRows - 1) / K::kRows);
   const int at_a_time = clusters_at_a_time<forward_stream<K>>(K::kCluster, K::kThreads, K::kSharedBytes);
-  if (at_a_time == 0) return "this device can't run the kernel: it takes clusters and 227 KiB of shared memory";
+  if (at_a_time == 0) return kTooOld;
   const int64_t clusters = tiles < at_a_time ? tiles : at_a_time;
   return launch_clusters(forward_stream<K>, clusters, K::kCluster, K::kThreads, K::kSharedBytes, stream, call);
 }
@@ -20,12 +37,21 @@ const char* stream_rows(const Forward& call, void* stream) {
 template <class T>
 const char* launch_in(const Forward& call, int64_t width, void* stream) {
   const int rank = padded_rank(call.rank);
-#define BAFT_CASE(WIDTH, RANK, CLUSTER, WARPS, STRIP)                                   \
-  if (width == WIDTH && rank == RANK) {                                                 \
+  const bool few = call.rows.sequences * call.rows.length <= kFewRows;
+#define BAFT_CASE(ROWS, WIDTH, RANK, CLUSTER, WARPS, STRIP)                              \
+  if (width == WIDTH && rank == RANK) {                                                  \
     static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width"); \
-    return stream_rows<T, CLUSTER, WARPS, STRIP, RANK>(call, stream);                   \
+    return ROWS<T, CLUSTER, WARPS, STRIP, RANK>(call, stream);                           \
   }
-  BAFT_FORWARD_STREAM(BAFT_CASE)
+#define BAFT_DECODE(...) BAFT_CASE(decode_rows, __VA_ARGS__)
+#define BAFT_STREAM(...) BAFT_CASE(stream_rows, __VA_ARGS__)
+  if (few) {
+    BAFT_FORWARD_DECODE(BAFT_DECODE)
+  } else {
+    BAFT_FORWARD_STREAM(BAFT_STREAM)
+  }
+#undef BAFT_DECODE
+#undef BAFT_STREAM
 #undef BAFT_CASE
   return "no kernel is compiled for this width and rank";
 }

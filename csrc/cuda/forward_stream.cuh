@@ -243,7 +243,7 @@ BAFT_KERNEL(K::kThreads) forward_stream(const Forward call) {
     fence_barrier_init();
   }
   sync_block();
-  cluster_arrive(); // the barriers are ready for what other CTAs send
+  cluster_arrive_relaxed(); // the barriers are ready for what other CTAs send
   cluster_wait();
   const Tiles<K::kRows> tiles(call.rows, block() / K::kCluster, blocks() / K::kCluster);
   if (warp() == K::kWarps)

@@ -1,5 +1,8 @@
 // Which shapes the kernels are compiled for: one line for each width d and padded rank. Other calls go to Triton.
 //
+// For few rows, loading parameters takes longest, so that many CTAs share them: the largest portable cluster, or 4 CTAs
+// where the hop between them would cost as much as more of them save. Seven to twelve warps keep the reduction short.
+//
 // A warp of the streaming kernels holds the parameters of its strip in registers, 3/64 rank words a column and lane: a
 // strip of 2048 / rank columns takes 96 of the 168 registers that twelve warps leave each thread. The cluster is the
 // smallest that covers d so; clusters of more than 8 CTAs aren't portable, which leaves d = 8192 at rank 32 to Triton.
@@ -33,3 +36,32 @@
   DO(5120, 32, 8, 10, 64)       \
   DO(8192, 8, 4, 8, 256)        \
   DO(8192, 16, 8, 8, 128)
+
+// DO(width, rank, CTAs of a cluster, warps, columns of a warp's strip)
+#define BAFT_FORWARD_DECODE(DO) \
+  DO(768, 8, 4, 6, 32)          \
+  DO(768, 16, 4, 6, 32)         \
+  DO(768, 32, 4, 6, 32)         \
+  DO(1024, 8, 4, 8, 32)         \
+  DO(1024, 16, 4, 8, 32)        \
+  DO(1024, 32, 4, 8, 32)        \
+  DO(2048, 8, 8, 8, 32)         \
+  DO(2048, 16, 8, 8, 32)        \
+  DO(2048, 32, 8, 8, 32)        \
+  DO(2560, 8, 8, 10, 32)        \
+  DO(2560, 16, 8, 10, 32)       \
+  DO(2560, 32, 8, 10, 32)       \
+  DO(3072, 8, 8, 12, 32)        \
+  DO(3072, 16, 8, 12, 32)       \
+  DO(3072, 32, 8, 12, 32)       \
+  DO(3584, 8, 8, 7, 64)         \
+  DO(3584, 16, 8, 7, 64)        \
+  DO(3584, 32, 8, 7, 64)        \
+  DO(4096, 8, 8, 8, 64)         \
+  DO(4096, 16, 8, 8, 64)        \
+  DO(4096, 32, 8, 8, 64)        \
+  DO(5120, 8, 8, 10, 64)        \
+  DO(5120, 16, 8, 10, 64)       \
+  DO(5120, 32, 8, 10, 64)       \
+  DO(8192, 8, 8, 16, 64)        \
+  DO(8192, 16, 8, 16, 64)

@@ -43,4 +43,38 @@ struct Pack {
   float* bias;                                    // [sets, 2 r]
 };
 
+// The backward pass over many rows. A cluster adds up the parameters' gradients over its tiles, and writes its sums out
+// whenever the set changes and at its end: those that end with sequence s in cluster c to slot c + s. There are
+// `sequences` + clusters slots, whatever the adapters are; `slot_sets` gets the set of each, or -1 if nothing is in it.
+struct Backward {
+  const void *grad_out, *h; // h is read only for the parameters' gradients
+  void* grad_input;         // null if it isn't wanted; may be grad_out. Rows that aren't edited get grad_out's bits
+  int64_t grad_out_stride, h_stride, grad_input_stride; // elements from row to row, multiples of 8
+  Rows rows;
+  int rank; // r, before padding
+  Gate gate;
+  const uint32_t* basis;                    // R for x M^T
+  const uint32_t* projection;               // (D, G) for c M
+  const float *weights, *update;            // w and u [T, r], as the forward pass wrote them
+  const float *grad_weights, *grad_update;  // [T, r], or null
+  float* partial;                           // [slots, 3 padded ranks, d]; null if parameters' gradients aren't wanted
+  float* partial_bias;                      // [slots, parts, 2 padded ranks]
+  int32_t* slot_sets;                       // [slots]
+};
+
+// The sum of the slots of each set: the parameters' gradients [sets, r, d] and [sets, r], float32.
+struct BackwardReduce {
+  const float *partial, *partial_bias; // as above
+  const int32_t* slot_sets;
+  int slots, parts;
+  int64_t sets, rank, padded_rank, width;
+  float *basis, *source, *source_bias, *gate, *gate_bias; // gate and gate_bias null without a gate
+};
+
+// A basis [rank, width] as it is trained: float32, contiguous, any alignment.
+struct Basis {
+  float* values;
+  int rank, width;
+};
+
 } // namespace baft::cuda

@@ -24,7 +24,7 @@ struct StagedRows {
 // Sums of every warp over its strip of columns, [kWarps][kRows][kColumns], in shared memory.
 template <int kWarps, int kRows, int kColumns>
 struct PartialSums {
-  static constexpr int kPitch = kColumns + 4; // floats; see StagedRows
+  static constexpr int kPitch = kColumns + 8; // floats: what half a warp stores at a time lies in different banks
   static constexpr int kBytes = kWarps * kRows * kPitch * 4;
 
   static BAFT_DEVICE void store(float* partial, int of_warp, int row, const float (&sums)[kColumns / 8][4]) {
@@ -35,6 +35,15 @@ struct PartialSums {
       *reinterpret_cast<float2*>(mine + upper.row * kPitch + n * 8 + upper.column) = make_float2(sums[n][0], sums[n][1]);
       *reinterpret_cast<float2*>(mine + lower.row * kPitch + n * 8 + lower.column) = make_float2(sums[n][2], sums[n][3]);
     }
+  }
+
+  // The same for tiles of 8 rows: the lower half of the sums is of none.
+  static BAFT_DEVICE void store_upper(float* partial, int of_warp, const float (&sums)[kColumns / 8][4]) {
+    const Element at = sum_element(lane(), 0);
+    float* mine = partial + (of_warp * kRows + at.row) * kPitch + at.column;
+    BAFT_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n)
+      *reinterpret_cast<float2*>(mine + n * 8) = make_float2(sums[n][0], sums[n][1]);
   }
 
   // Over the warps, in their order: four neighbouring columns of a row.
@@ -100,21 +109,30 @@ BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, cons
   };
   const bool writes_upper = writes(row + upper.row), writes_lower = writes(row + lower.row);
   BAFT_UNROLL
-  for (int n = 0; n < 2 * kBlocks; ++n) {
-    unsigned char* here = columns + row * pitch + (n * 8 + upper.column) * 2;
-    uint32_t* first = reinterpret_cast<uint32_t*>(here + upper.row * pitch);
-    uint32_t* second = reinterpret_cast<uint32_t*>(here + lower.row * pitch);
-    float sums[4] = {T::low(*first), T::high(*first), T::low(*second), T::high(*second)};
-    const uint32_t* right = matrix[n / 2].words + n % 2 * (kCoefficients / 8);
-    if constexpr (kDepths == 0) {
-      T::multiply(sums, left[0], right[0]);
-    } else {
-      BAFT_UNROLL
-      for (int depth = 0; depth < kDepths; ++depth)
-        T::multiply(sums, left[depth], right[2 * depth], right[2 * depth + 1]);
+  for (int b = 0; b < kBlocks; ++b) {
+    uint32_t *first[2], *second[2];
+    float sums[2][4];
+    BAFT_UNROLL
+    for (int n = 0; n < 2; ++n) { // both products before either is stored, so that one doesn't wait for the other
+      unsigned char* here = columns + row * pitch + (b * kBlockColumns + n * 8 + upper.column) * 2;
+      first[n] = reinterpret_cast<uint32_t*>(here + upper.row * pitch);
+      second[n] = reinterpret_cast<uint32_t*>(here + lower.row * pitch);
+      sums[n][0] = T::low(*first[n]), sums[n][1] = T::high(*first[n]);
+      sums[n][2] = T::low(*second[n]), sums[n][3] = T::high(*second[n]);
+      const uint32_t* right = matrix[b].words + n * (kCoefficients / 8);
+      if constexpr (kDepths == 0) {
+        T::multiply(sums[n], left[0], right[0]);
+      } else {
+        BAFT_UNROLL
+        for (int depth = 0; depth < kDepths; ++depth)
+          T::multiply(sums[n], left[depth], right[2 * depth], right[2 * depth + 1]);
+      }
     }
-    if (writes_upper) *first = T::pack(sums[0], sums[1]);
-    if (writes_lower) *second = T::pack(sums[2], sums[3]);
+    BAFT_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      if (writes_upper) *first[n] = T::pack(sums[n][0], sums[n][1]);
+      if (writes_lower) *second[n] = T::pack(sums[n][2], sums[n][3]);
+    }
   }
 }
 

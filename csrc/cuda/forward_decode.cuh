@@ -1,0 +1,273 @@
+// The forward pass over few rows, with the least delay.
+//
+// A cluster edits one tile of rows: it splits d among its CTAs, a CTA its slice among its warps. Nothing is staged: a
+// lane reads its elements of the rows into registers, where the left factor of a product has them, and writes them from
+// there.
+//
+//   warps      read D, G and R of their strips and, once the previous kernel has ended, h
+//   warps      multiply their strips by (D, G), and leave partial sums
+//   reduce     a thread for each two bases of a row adds up the sums of the warps, and sends them to all CTAs
+//   gate       it adds up what all CTAs sent, in their order, and finds w and u
+//   warps      add u R to their strips, and write them
+//
+// Every CTA gates all rows, in the same order and so with the same bits: one hop between CTAs is enough. The fewer rows
+// a tile has, the less it carries, so how many they are is up to the call.
+//
+// Launched as a programmatic dependent, the kernel reads all but h before the previous one has ended. That is right
+// only if no kernel that may still run writes the parameters or the arrays of Rows; launch it in the usual way if one
+// may. No flag could make it wait sooner: constants are loaded when compiler and machine see fit, also ahead of a wait.
+#pragma once
+
+#include "fragments.h"
+#include "kernels.h"
+#include "machine.cuh"
+#include "rows.cuh"
+#include "tiles.cuh"
+
+namespace baft::cuda {
+
+template <class T_, int kCluster_, int kWarps_, int kStrip_, int kRank_, int kRows_>
+struct ForwardDecode {
+  // -- types and shapes --
+  using T = T_;
+  static constexpr int kCluster = kCluster_; // CTAs
+  static constexpr int kWarps = kWarps_;     // of a CTA
+  static constexpr int kStrip = kStrip_;     // columns of a warp
+  static constexpr int kRank = kRank_;       // padded
+  static constexpr int kRows = kRows_;       // of a tile, at most
+  static constexpr int kHalves = kRows / 8;  // of the 16 rows of a product
+  static constexpr int kBlocks = kStrip / kBlockColumns;
+  static constexpr int kOutputs = 2 * kRank; // p and z
+  static constexpr int kPairs = kRank / 2;   // of bases
+  static constexpr int kGating = kRows * kPairs; // threads that reduce and gate
+  static constexpr int kSlice = kWarps * kStrip;
+  static constexpr int kWidth = kCluster * kSlice; // d
+  static constexpr int kThreads = 32 * kWarps;
+
+  static_assert(kRows == 8 || kRows == 16, "a product has 16 rows, of which a tile fills the upper half or both");
+  static_assert(kStrip % kBlockColumns == 0, "parameters are packed in blocks of 16 columns");
+  static_assert(kRank == 8 || kRank == 16 || kRank == 32, "ranks are padded to 8, 16 or 32");
+  static_assert(kGating <= kThreads, "a thread finds two bases of one row");
+  static_assert(kGating % 32 == 0, "whole warps do so, since they shuffle");
+  static_assert(kCluster <= 8, "larger clusters are not portable");
+
+  // -- shared memory, in bytes --
+  using Partial = PartialSums<kWarps, kRows, kOutputs>;
+  static constexpr int kUpdatePitch = kPairs | 4; // words, of two bases: eight rows of a product lie in different banks
+  static constexpr int kSumsBytes = kCluster > 1 ? kCluster * kGating * 16 : 0;
+  static constexpr int kSumsAt = Partial::kBytes;
+  static constexpr int kUpdateAt = kSumsAt + kSumsBytes;
+  static constexpr int kBarrierAt = kUpdateAt + kRows * kUpdatePitch * 4;
+  static constexpr int kSharedBytes = kBarrierAt + 8;
+};
+
+// -- rows --
+
+// The tiles of a call, one for each cluster of a launch; none spans two sequences.
+struct ClusterTiles {
+  int rows; // of a tile, at most
+  int per_sequence;
+
+  BAFT_BOTH ClusterTiles(const Rows& all, int rows)
+      : rows(rows), per_sequence((static_cast<int>(all.length) + rows - 1) / rows) {}
+
+  BAFT_BOTH int count(const Rows& all) const { return static_cast<int>(all.sequences) * per_sequence; }
+
+  BAFT_DEVICE Tile at(const Rows& all, int cluster) const {
+    const int sequence = cluster / per_sequence, start = cluster % per_sequence * rows;
+    const int left = static_cast<int>(all.length) - start;
+    return {sequence, sequence * all.length + start, left < rows ? left : rows};
+  }
+};
+
+// A row of the tile, and what becomes of it.
+struct TileRow {
+  int64_t row = 0;
+  bool exists = false, edited = false;
+
+  BAFT_DEVICE void find(const Rows& rows, const Tile& tile, int in_tile) {
+    exists = in_tile < tile.count;
+    if (exists) row = row_of(rows, tile.first + in_tile), edited = is_edited(rows, row);
+  }
+};
+
+// A lane's two rows of the left factor of a product, and its words of them. Tiles of 8 rows lack the second one.
+template <class K>
+struct LaneRows {
+  TileRow rows[2];
+  uint32_t words[K::kBlocks][4] = {}; // of rows[q % 2]
+
+  BAFT_DEVICE void find(const Rows& all, const Tile& tile) {
+    BAFT_UNROLL
+    for (int half = 0; half < K::kHalves; ++half) rows[half].find(all, tile, left_element(lane(), half).row);
+  }
+
+  // Of two numbers in the n-th 8 columns. A product of these leaves its sums 2 i and 2 i + 1 in the same place.
+  BAFT_DEVICE uint32_t word(int n, int i) const { return words[n / 2][n % 2 * 2 + i]; }
+
+  BAFT_DEVICE void read(const Forward& call, int first_column) {
+    BAFT_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      if (!rows[q % 2].exists) continue;
+      const uint16_t* from = static_cast<const uint16_t*>(call.h) + rows[q % 2].row * call.h_stride + first_column;
+      BAFT_UNROLL
+      for (int b = 0; b < K::kBlocks; ++b)
+        words[b][q] = *reinterpret_cast<const uint32_t*>(from + b * kBlockColumns + left_element(lane(), q).column);
+    }
+  }
+};
+
+// -- products --
+
+template <class K>
+BAFT_DEVICE void project(const LaneRows<K>& h, const Fragments<K::kOutputs> (&projection)[K::kBlocks], float* partial) {
+  float sums[K::kOutputs / 8][4] = {};
+  BAFT_UNROLL
+  for (int b = 0; b < K::kBlocks; ++b)
+    BAFT_UNROLL
+    for (int n = 0; n < K::kOutputs / 8; ++n)
+      K::T::multiply(sums[n], h.words[b], projection[b].words[2 * n], projection[b].words[2 * n + 1]);
+  if constexpr (K::kRows == 8)
+    K::Partial::store_upper(partial, warp(), sums);
+  else
+    K::Partial::store(partial, warp(), 0, sums);
+}
+
+// h + u R, from registers to device memory.
+template <class K>
+BAFT_DEVICE void add_and_write(const Forward& call, const LaneRows<K>& h, const uint32_t* update,
+                               const Fragments<K::kRank> (&basis)[K::kBlocks], int first_column) {
+  using T = typename K::T;
+  constexpr int kDepths = K::kRank / 16; // products of depth 16; 0 for one of depth 8
+  uint32_t left[kDepths ? kDepths : 1][kDepths ? 4 : 2] = {};
+  BAFT_UNROLL
+  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth)
+    BAFT_UNROLL
+    for (int q = 0; q < (kDepths ? 4 : 2); ++q) {
+      const Element at = left_element(lane(), q);
+      if (q % 2 < K::kHalves) left[depth][q] = update[at.row * K::kUpdatePitch + depth * 8 + at.column / 2];
+    }
+
+  float sums[2 * K::kBlocks][4]; // all of them before the first is written: no product waits behind a branch
+  BAFT_UNROLL
+  for (int n = 0; n < 2 * K::kBlocks; ++n) {
+    const uint32_t* right = basis[n / 2].words + n % 2 * (K::kRank / 8);
+    BAFT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      sums[n][2 * i] = T::low(h.word(n, i));
+      sums[n][2 * i + 1] = T::high(h.word(n, i));
+    }
+    if constexpr (kDepths == 0) {
+      T::multiply(sums[n], left[0], right[0]);
+    } else {
+      BAFT_UNROLL
+      for (int depth = 0; depth < kDepths; ++depth)
+        T::multiply(sums[n], left[depth], right[2 * depth], right[2 * depth + 1]);
+    }
+  }
+
+  BAFT_UNROLL
+  for (int i = 0; i < K::kHalves; ++i) {
+    const TileRow& its = h.rows[i];
+    if (!its.exists || (!its.edited && call.out == call.h)) continue;
+    uint16_t* to = static_cast<uint16_t*>(call.out) + its.row * call.out_stride + first_column;
+    BAFT_UNROLL
+    for (int n = 0; n < 2 * K::kBlocks; ++n)
+      *reinterpret_cast<uint32_t*>(to + n * 8 + sum_element(lane(), 2 * i).column) =
+          its.edited ? T::pack(sums[n][2 * i], sums[n][2 * i + 1]) : h.word(n, i);
+  }
+}
+
+// -- between CTAs: each thread that gates tells its sums to the same thread of every CTA --
+
+template <class K>
+BAFT_DEVICE void expect_sums(const Tile& tile) {
+  if (thread() == 0) {
+    const Address arrived = address_of(shared_memory() + K::kBarrierAt);
+    barrier_init(arrived, 1);
+    fence_barrier_init();
+    barrier_expect(arrived, K::kCluster * tile.count * K::kPairs * 16);
+  }
+  sync_warp();
+  cluster_arrive_relaxed(); // the barrier is ready for what other CTAs send; they wait for that later
+}
+
+template <class K>
+BAFT_DEVICE void send_sums(float4 sums) {
+  const Address to = address_of(shared_memory() + K::kSumsAt) + (cluster_rank() * K::kGating + thread()) * 16;
+  const Address arrived = address_of(shared_memory() + K::kBarrierAt);
+  BAFT_UNROLL
+  for (int rank = 0; rank < K::kCluster; ++rank) send(in_cta(to, rank), sums, in_cta(arrived, rank));
+}
+
+template <class K>
+BAFT_DEVICE float4 sums_of_cta(int rank) {
+  return reinterpret_cast<const float4*>(shared_memory() + K::kSumsAt)[rank * K::kGating + thread()];
+}
+
+// -- the kernel --
+
+// Launch it on as many clusters as there are tiles, of at most kRows rows. h and out are read and written in words, so
+// that they need only lie at multiples of 4 bytes, and their strides be even.
+template <class K>
+BAFT_KERNEL(K::kThreads) forward_decode(const Forward call, const ClusterTiles tiles) {
+  const Tile tile = tiles.at(call.rows, block() / K::kCluster);
+  if constexpr (K::kCluster > 1) expect_sums<K>(tile);
+
+  // read
+  const int first_column = cluster_rank() * K::kSlice + warp() * K::kStrip;
+  const int64_t set = set_of(call.rows, tile.sequence);
+  Fragments<K::kOutputs> projection[K::kBlocks];
+  Fragments<K::kRank> basis[K::kBlocks];
+  BAFT_UNROLL
+  for (int b = 0; b < K::kBlocks; ++b) {
+    const int64_t block = set * (K::kWidth / kBlockColumns) + first_column / kBlockColumns + b;
+    projection[b].load(call.projection, block);
+    basis[b].load(call.basis, block);
+  }
+  const int gated = thread() / K::kPairs, k = thread() % K::kPairs * 2; // row and basis of a thread that gates
+  TileRow gated_row;
+  gated_row.find(call.rows, tile, gated);
+  LaneRows<K> h;
+  h.find(call.rows, tile);
+  wait_for_previous_kernel();
+  h.read(call, first_column);
+  let_next_kernel_start(); // not ahead of the wait: then the next kernel need only know what this one writes
+
+  // project
+  float* partial = reinterpret_cast<float*>(shared_memory());
+  project<K>(h, projection, partial);
+  float4 pz = load_bias(call, set, k);
+  if constexpr (K::kCluster > 1) cluster_wait();
+  sync_block();
+
+  // reduce and gate; also rows that don't exist, from whatever lies there, since no product mixes rows
+  uint32_t* update = reinterpret_cast<uint32_t*>(shared_memory() + K::kUpdateAt);
+  float2 w, u;
+  if (thread() < K::kGating) {
+    const float4 mine = K::Partial::sum(partial, gated, k / 2);
+    if constexpr (K::kCluster > 1) {
+      if (gated_row.exists) send_sums<K>(mine);
+      barrier_wait(address_of(shared_memory() + K::kBarrierAt), 0);
+    }
+    BAFT_UNROLL
+    for (int rank = 0; rank < K::kCluster; ++rank) {
+      const float4 part = K::kCluster > 1 ? sums_of_cta<K>(rank) : mine;
+      pz.x += part.x, pz.y += part.y, pz.z += part.z, pz.w += part.w;
+    }
+    w = gates<K::kPairs>(call, k, pz.y, pz.w);
+    u = make_float2(w.x * pz.x, w.y * pz.z);
+    update[gated * K::kUpdatePitch + k / 2] = pack_saturated<typename K::T>(u.x, u.y);
+  }
+  sync_block(); // whoever passes has got all that is sent to its CTA, and may leave
+
+  // expand, and write
+  add_and_write<K>(call, h, update, basis, first_column);
+  if (cluster_rank() == 0 && thread() < K::kGating && gated_row.exists) {
+    const float2 zeros = make_float2(0.0f, 0.0f);
+    store_pair(call.weights + gated_row.row * call.rank, call.rank, k, gated_row.edited ? w : zeros);
+    store_pair(call.update + gated_row.row * call.rank, call.rank, k, gated_row.edited ? u : zeros);
+  }
+}
+
+} // namespace baft::cuda
