@@ -14,7 +14,7 @@ ARGS ?=
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 SETUP := .ci/setup_venv.sh
-INPUTS := pyproject.toml setup.py constraints.txt $(SETUP) $(wildcard csrc/*.cpp csrc/cpu/*)
+INPUTS := pyproject.toml setup.py constraints.txt $(SETUP) $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -42,7 +42,7 @@ $(READY_DEV): $(INPUTS)
 	@touch $(READY) $@
 
 clean:
-	rm -rf build dist baft_kernels/_cpu.* *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist baft_kernels/_cpu.* baft_kernels/_cuda.* *.egg-info python/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find baft_kernels python bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

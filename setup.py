@@ -56,7 +56,7 @@ SOURCES = {
         *(f"csrc/cpu/{name}.cpp" for name in ("forward", "backward", "dispatch")),
         *(f"csrc/cpu/{name}.cpp" for name in ("avx512bf16", "avx512", "avx2", "portable")),
     ],
-    CUDA: ["csrc/cuda_bindings.cpp", *(f"csrc/cuda/{name}.cu" for name in ("forward", "pack"))],
+    CUDA: ["csrc/cuda_bindings.cpp", *(f"csrc/cuda/{name}.cu" for name in ("forward", "backward", "pack", "retract"))],
 }
 
 

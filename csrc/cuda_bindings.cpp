@@ -5,6 +5,7 @@
 // The library loads where there is no GPU, and no CUDA. The schemas are in baft_kernels/backends/cuda.py.
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include <Python.h>
 #include <dlfcn.h>
@@ -102,6 +103,85 @@ void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Te
   check_launch(baft::cuda::launch_forward(call, width, dtype_of(h), stream_of(h)));
 }
 
+void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
+              const std::optional<Tensor>& grad_update, const Tensor& h, const Tensor& weights, const Tensor& update,
+              const std::optional<Tensor>& list, const std::optional<Tensor>& mask,
+              const std::optional<Tensor>& adapters, const Tensor& basis, const Tensor& projection, int64_t gate,
+              const std::optional<Tensor>& grad_input, const std::optional<Tensor>& partial,
+              const std::optional<Tensor>& partial_bias, const std::optional<Tensor>& slot_sets, int64_t sets) {
+  const int64_t total = h.size(0), width = h.size(1), rank = update.size(1);
+  const int64_t padded = baft::cuda::padded_rank(rank);
+  check_matrix(h, total, width);
+  check_matrix(grad_out, total, width);
+  STD_TORCH_CHECK(h.scalar_type() == grad_out.scalar_type(), "expected h and the gradient of out of one dtype");
+  baft::cuda::Backward call{};
+  call.grad_out = grad_out.const_data_ptr();
+  call.h = h.const_data_ptr();
+  call.grad_out_stride = grad_out.stride(0);
+  call.h_stride = h.stride(0);
+  if (grad_input) {
+    check_matrix(*grad_input, total, width);
+    STD_TORCH_CHECK(grad_input->scalar_type() == h.scalar_type(), "expected h and its gradient of one dtype");
+    call.grad_input = grad_input->mutable_data_ptr();
+    call.grad_input_stride = grad_input->stride(0);
+  }
+  call.rows = rows_of(list, mask, adapters, total);
+  call.rank = static_cast<int>(rank);
+  call.gate = static_cast<Gate>(gate);
+  call.basis = words_of(basis, sets, padded, width);
+  call.projection = words_of(projection, sets, 2 * padded, width);
+  call.weights = pointer_to<float>(weights, ScalarType::Float, total * rank);
+  call.update = pointer_to<float>(update, ScalarType::Float, total * rank);
+  call.grad_weights = pointer_to<float>(grad_weights, ScalarType::Float, total * rank);
+  call.grad_update = pointer_to<float>(grad_update, ScalarType::Float, total * rank);
+  if (partial) {
+    const baft::cuda::BackwardSlots needed = baft::cuda::backward_slots(call.rows, width, rank, dtype_of(h));
+    const int64_t slots = needed.slots, parts = needed.parts;
+    STD_TORCH_CHECK(partial_bias && slot_sets, "expected all of what the parameters' gradients take, or nothing");
+    call.partial = pointer_to<float>(*partial, ScalarType::Float, slots * 3 * padded * width);
+    call.partial_bias = pointer_to<float>(*partial_bias, ScalarType::Float, slots * parts * 2 * padded);
+    call.slot_sets = pointer_to<int32_t>(*slot_sets, ScalarType::Int, slots);
+  }
+  check_launch(baft::cuda::launch_backward(call, width, dtype_of(h), stream_of(h)));
+}
+
+void backward_reduce(const Tensor& partial, const Tensor& partial_bias, const Tensor& slot_sets, const Tensor& basis,
+                     const Tensor& source, const Tensor& source_bias, const std::optional<Tensor>& gate,
+                     const std::optional<Tensor>& gate_bias) {
+  STD_TORCH_CHECK(basis.dim() == 3, "expected gradients of parameter sets [N, r, d]");
+  const int64_t sets = basis.size(0), rank = basis.size(1), width = basis.size(2), count = sets * rank * width;
+  const int64_t slots = slot_sets.numel(), padded = baft::cuda::padded_rank(rank);
+  baft::cuda::BackwardReduce call{};
+  call.parts = static_cast<int>(partial_bias.numel() / (slots * 2 * padded));
+  call.slots = static_cast<int>(slots);
+  call.partial = pointer_to<float>(partial, ScalarType::Float, slots * 3 * padded * width);
+  call.partial_bias = pointer_to<float>(partial_bias, ScalarType::Float, slots * call.parts * 2 * padded);
+  call.slot_sets = pointer_to<int32_t>(slot_sets, ScalarType::Int, slots);
+  call.sets = sets;
+  call.rank = rank;
+  call.padded_rank = padded;
+  call.width = width;
+  call.basis = pointer_to<float>(basis, ScalarType::Float, count);
+  call.source = pointer_to<float>(source, ScalarType::Float, count);
+  call.source_bias = pointer_to<float>(source_bias, ScalarType::Float, sets * rank);
+  call.gate = pointer_to<float>(gate, ScalarType::Float, count);
+  call.gate_bias = pointer_to<float>(gate_bias, ScalarType::Float, sets * rank);
+  check_launch(baft::cuda::launch_backward_reduce(call, stream_of(basis)));
+}
+
+void retract(const std::vector<Tensor>& bases, const Tensor& distances, int64_t iterations, double near) {
+  std::vector<baft::cuda::Basis> table;
+  for (const Tensor& basis : bases) {
+    STD_TORCH_CHECK(basis.dim() == 2, "expected bases [r, d]");
+    table.push_back({pointer_to<float>(basis, ScalarType::Float, basis.numel()), static_cast<int>(basis.size(0)),
+                     static_cast<int>(basis.size(1))});
+  }
+  const int64_t count = static_cast<int64_t>(table.size());
+  check_launch(baft::cuda::launch_retract(table.data(), static_cast<int>(count),
+                                          pointer_to<float>(distances, ScalarType::Float, count),
+                                          static_cast<int>(iterations), static_cast<float>(near), stream_of(distances)));
+}
+
 void pack(const Tensor& basis, const Tensor& source, const Tensor& source_bias, const std::optional<Tensor>& gate,
           const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& forward_projection,
           const std::optional<Tensor>& forward_basis, const std::optional<Tensor>& backward_basis,
@@ -130,6 +210,9 @@ void pack(const Tensor& basis, const Tensor& source, const Tensor& source_bias, 
 
 STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CUDA, library) {
   library.impl("cuda_forward", TORCH_BOX(&forward));
+  library.impl("cuda_backward", TORCH_BOX(&backward));
+  library.impl("cuda_backward_reduce", TORCH_BOX(&backward_reduce));
+  library.impl("cuda_retract", TORCH_BOX(&retract));
   library.impl("cuda_pack", TORCH_BOX(&pack));
 }
 
@@ -137,15 +220,27 @@ static PyObject* padded_rank(PyObject*, PyObject* rank) {
   return PyLong_FromLong(baft::cuda::padded_rank(PyLong_AsLong(rank)));
 }
 
-static PyObject* has_forward(PyObject*, PyObject* arguments) {
+static PyObject* has_kernels(PyObject*, PyObject* arguments) {
   long width, rank;
-  if (!PyArg_ParseTuple(arguments, "ll", &width, &rank)) return nullptr;
-  return PyBool_FromLong(baft::cuda::has_forward(width, rank));
+  int architecture;
+  if (!PyArg_ParseTuple(arguments, "lli", &width, &rank, &architecture)) return nullptr;
+  return PyBool_FromLong(baft::cuda::has_forward(width, rank) && baft::cuda::has_backward(width, rank, architecture));
+}
+
+static PyObject* backward_slots(PyObject*, PyObject* arguments) {
+  long width, rank, sequences, length;
+  int half;
+  if (!PyArg_ParseTuple(arguments, "llpll", &width, &rank, &half, &sequences, &length)) return nullptr;
+  const baft::cuda::Rows rows = {nullptr, nullptr, nullptr, sequences, length};
+  const auto [slots, parts] = baft::cuda::backward_slots(rows, width, rank, half ? Dtype::float16 : Dtype::bfloat16);
+  return Py_BuildValue("LL", static_cast<long long>(slots), static_cast<long long>(parts));
 }
 
 static PyMethodDef methods[] = {
     {"padded_rank", padded_rank, METH_O, "The rank that kernels for this one are compiled for, 0 for none."},
-    {"has_forward", has_forward, METH_VARARGS, "Whether forward kernels are compiled for a width and a rank."},
+    {"has_kernels", has_kernels, METH_VARARGS, "Whether kernels are compiled for a width, a rank, and an architecture: 900 for sm_90."},
+    {"backward_slots", backward_slots, METH_VARARGS,
+     "Slots and parts that a backward pass takes: width, rank, whether float16, sequences, their length."},
     {}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -52,11 +52,18 @@ def usable(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.cuda.synchronize()  # a fault belongs to the test that caused it
 
 
+def skip_unless_served(backend: str, h: Tensor, rank: int) -> None:
+    reason = FUSED[backend].why_not(h, rank)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
 def on(backend: str) -> Any:
     """The op on a backend, with the arguments of ``baft_reference``."""
 
     def served(*arguments: Any) -> BaftOutput:
         *call, gate_fn, rows = arguments
+        skip_unless_served(backend, call[0], call[1].shape[-2])
         return baft(*call, gate_fn=gate_fn, positions=rows, return_aux=True, backend=backend)
 
     return served
@@ -81,6 +88,17 @@ def test_it_is_accurate(rows: int, d: int, r: int, gate_fn: str, dtype: torch.dt
 def test_the_widths_that_models_have(d: int, r: int, backend: str) -> None:
     # One dtype and one number of rows: each combination is a kernel to compile.
     assert_accurate(on(backend), *(call.to(GPU) for call in draws(200, d, r, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@every_gate
+@pytest.mark.parametrize("rows", [1, 17, 64, 65, 300])
+@pytest.mark.parametrize("r", [3, 8, 12, 16, 32])
+@pytest.mark.parametrize("d", [768, 1024, 2048, 2560, 3072, 3584, 4096, 5120, 8192])
+@pytest.mark.parametrize("backend", ["cuda"])  # whose kernels are compiled beforehand
+def test_every_instance(d: int, r: int, rows: int, gate_fn: str, dtype: torch.dtype, backend: str) -> None:
+    calls = draws(rows, d, r, gate_fn=gate_fn, dtype=dtype, some=rows % 5 == 2)
+    assert_accurate(on(backend), *(call.to(GPU) for call in calls))
 
 
 @every_backend
@@ -113,8 +131,9 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
 
 @every_backend
 def test_float16_saturates_inside_and_overflows_only_where_the_result_does(backend: str) -> None:
-    call = draw_call((3,), 64, 1, gate_fn="none", dtype=torch.float16)
-    call = call._replace(basis=torch.eye(1, 64), source=torch.eye(1, 64), source_bias=torch.tensor([1e6])).to(GPU)
+    call = draw_call((3,), 768, 1, gate_fn="none", dtype=torch.float16)
+    eye = torch.eye(1, 768)
+    call = call._replace(basis=eye, source=eye, source_bias=torch.tensor([1e6])).to(GPU)
     result = on(backend)(*call)
     assert result.update.eq(1e6).all()
     assert torch.equal(result.out[:, 1:], call.h[:, 1:])
@@ -129,9 +148,11 @@ def test_float16_saturates_inside_and_overflows_only_where_the_result_does(backe
 @pytest.mark.parametrize("some", [False, True])
 def test_a_set_for_each_sequence(gate_fn: str, dtype: torch.dtype, some: bool, backend: str) -> None:
     rows = torch.rand(5, 130, generator=torch.Generator().manual_seed(0)) < 0.6 if some else None
-    call = test_grouped.draw((5, 130), 200, 6, 4, gate_fn=gate_fn, dtype=dtype, rows=rows)
+    d = 200 if backend == "triton" else 768
+    call = test_grouped.draw((5, 130), d, 6, 4, gate_fn=gate_fn, dtype=dtype, rows=rows)
     ids = torch.tensor([2, 0, 2, 3, 0])
     there, there_ids = call.to(GPU), ids.to(GPU)
+    skip_unless_served(backend, there.h, 6)
 
     def grouped(given: Call) -> BaftOutput:
         return grouped_baft(
@@ -155,6 +176,7 @@ def test_a_set_for_each_sequence(gate_fn: str, dtype: torch.dtype, some: bool, b
 @pytest.mark.parametrize("rows", [5, 300])
 def test_in_place_touches_the_chosen_rows_only(rows: int, dtype: torch.dtype, backend: str) -> None:
     call = draw_call((rows,), 768, 12, dtype=dtype).to(GPU)
+    skip_unless_served(backend, call.h, 12)
     mask = torch.rand(rows, device=GPU) < 0.5
     for positions in (None, mask, mask.nonzero().flatten().flip(0)):
         expected = baft(*call[:6], positions=positions, backend=backend)
@@ -171,9 +193,11 @@ def test_in_place_touches_the_chosen_rows_only(rows: int, dtype: torch.dtype, ba
 @every_backend
 def test_any_alignment(backend: str) -> None:
     # Neither rows nor tensors start at a multiple of 16 bytes.
-    call = draw_call((70,), 1003, 8, dtype=torch.bfloat16).to(GPU)
+    d = 1003 if backend == "triton" else 1024
+    call = draw_call((70,), d, 8, dtype=torch.bfloat16).to(GPU)
     expected = outputs_and_gradients(on(backend), call)
-    shifted = torch.empty(70 * 1005 + 1, dtype=torch.bfloat16, device=GPU)[1:].view(70, 1005)[:, 1:1004].copy_(call.h)
+    wide = torch.empty(70 * (d + 3) + 1, dtype=torch.bfloat16, device=GPU)[1:].view(70, d + 3)
+    shifted = wide[:, 1 : d + 1].copy_(call.h)
     actual = outputs_and_gradients(on(backend), call._replace(h=shifted))
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name])
@@ -210,7 +234,7 @@ def test_two_streams_at_once(backend: str) -> None:
 
 @every_backend
 def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
-    calls = [draw_call((40,), 256, 8, seed=seed).to(GPU) for seed in range(4)]
+    calls = [draw_call((40,), 768, 8, dtype=torch.bfloat16, seed=seed).to(GPU) for seed in range(4)]
     expected = [on(backend)(*call).out for call in calls]
     torch.cuda.synchronize()
     wrong: list[int] = []
@@ -261,15 +285,15 @@ def test_a_replayed_graph_sees_new_data(rows: int, backend: str) -> None:
 @every_backend
 def test_a_training_step_in_a_graph_sees_new_parameters(backend: str) -> None:
     layers = [
-        BaftIntervention(256, 8, backend=served, generator=torch.Generator().manual_seed(0)).to(GPU)
+        BaftIntervention(768, 8, backend=served, generator=torch.Generator().manual_seed(0)).to(GPU)
         for served in (backend, "reference")
     ]
-    h, target = torch.randn(50, 256, device=GPU), torch.randn(50, 256, device=GPU)
+    h, target = (torch.randn(100, 768, device=GPU, dtype=torch.bfloat16) for _ in range(2))
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in layers]
 
     def step(layer: BaftIntervention, optimizer: torch.optim.Optimizer) -> Tensor:
         optimizer.zero_grad(set_to_none=False)
-        loss = (layer(h) - target).square().mean()
+        loss = (layer(h) - target).float().square().mean()
         loss.backward()
         optimizer.step()
         return loss
@@ -283,12 +307,12 @@ def test_a_training_step_in_a_graph_sees_new_parameters(backend: str) -> None:
     for _ in range(5):
         graph.replay()
         expected = step(layers[1], optimizers[1])
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
 
 
 @every_backend
 def test_a_graph_of_grouped_calls_sees_new_adapters(backend: str) -> None:
-    call = test_grouped.draw((4, 30), 256, 8, 3, dtype=torch.bfloat16).to(GPU)
+    call = test_grouped.draw((4, 30), 768, 8, 3, dtype=torch.bfloat16).to(GPU)
     ids = torch.tensor([0, 1, 2, 1], device=GPU)
     with torch.no_grad():
         graph, out = captured(lambda: grouped_baft(*call[:6], ids, backend=backend))
@@ -301,15 +325,15 @@ def test_a_graph_of_grouped_calls_sees_new_adapters(backend: str) -> None:
 @every_backend
 def test_it_compiles_whole_and_once_for_every_length(backend: str) -> None:
     torch._dynamo.reset()
-    layer = BaftIntervention(256, 8, backend=backend).to(GPU)
+    layer = BaftIntervention(768, 8, backend=backend).to(GPU)
 
     def loss(h: Tensor) -> Tensor:
         result = layer.edit(h)
-        return result.out.square().mean() + result.update.abs().mean()
+        return result.out.float().square().mean() + result.update.abs().mean()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     for length in (5, 6, 40):
-        h = torch.randn(2, length, 256, device=GPU, requires_grad=True)
+        h = torch.randn(2, length, 768, device=GPU, dtype=torch.bfloat16, requires_grad=True)
         wanted = [h, *layer.parameters()]
         found = [torch.autograd.grad(function(h), wanted) for function in (compiled, loss)]
         for actual, expected in zip(*found, strict=True):
@@ -318,7 +342,7 @@ def test_it_compiles_whole_and_once_for_every_length(backend: str) -> None:
 
 @every_backend
 def test_autocast_changes_nothing_but_what_comes_in(backend: str) -> None:
-    call = draw_call((7,), 256, 8, dtype=torch.bfloat16).to(GPU)
+    call = draw_call((7,), 768, 8, dtype=torch.bfloat16).to(GPU)
     expected = on(backend)(*call)
     with torch.autocast(GPU, dtype=torch.float16):
         actual = on(backend)(*call)

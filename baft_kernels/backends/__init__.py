@@ -7,6 +7,7 @@ import os
 from torch import Tensor
 
 from baft_kernels.backends.cpu import CpuBackend
+from baft_kernels.backends.cuda import CudaBackend
 from baft_kernels.backends.protocol import Backend
 from baft_kernels.backends.triton.backend import TritonBackend
 
@@ -16,7 +17,7 @@ REFERENCE = "reference"
 KNOWN_BACKENDS = (REFERENCE, "cpu", "triton", "cuda")
 
 # Fastest first: "auto" takes the first one that is proven, usable and serves the call, and else the reference.
-FUSED: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), TritonBackend())}
+FUSED: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), CudaBackend(), TritonBackend())}
 
 
 def candidates(name: str = "auto") -> list[Backend]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,16 @@ _library.define(
     "cuda_forward(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? list, Tensor? mask,"
     " Tensor? adapters, Tensor projection, Tensor basis, Tensor bias, int gate) -> ()"
 )
+_library.define(
+    "cuda_backward(Tensor grad_out, Tensor? grad_weights, Tensor? grad_update, Tensor h, Tensor weights, Tensor update,"
+    " Tensor? list, Tensor? mask, Tensor? adapters, Tensor basis, Tensor projection, int gate, Tensor(a!)? grad_input,"
+    " Tensor(b!)? partial, Tensor(c!)? partial_bias, Tensor(d!)? slot_sets, int sets) -> ()"
+)
+_library.define(
+    "cuda_backward_reduce(Tensor partial, Tensor partial_bias, Tensor slot_sets, Tensor(a!) basis, Tensor(b!) source,"
+    " Tensor(c!) source_bias, Tensor(d!)? gate, Tensor(e!)? gate_bias) -> ()"
+)
+_library.define("cuda_retract(Tensor(a!)[] bases, Tensor(b!) distances, int iterations, float near) -> ()")
 _library.define(
     "cuda_pack(Tensor basis, Tensor source, Tensor source_bias, Tensor? gate, Tensor? gate_bias,"
     " Tensor(a!)? forward_projection, Tensor(b!)? forward_basis, Tensor(c!)? backward_basis,"
@@ -55,22 +66,75 @@ class _ForwardPack(NamedTuple):
     bias: Tensor
 
 
+class _BackwardPack(NamedTuple):
+    """R and (D, G) likewise, for the other products that the backward pass takes."""
+
+    basis: Tensor
+    projection: Tensor
+
+
 def _pack_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
-    sets = [None if v is None else v.detach().float().contiguous() for v in parameters]
-    if parameters.basis.ndim == 2:
-        sets = [None if v is None else v[None] for v in sets]
-    basis = sets[0]
-    assert basis is not None
-    count, rank, width = basis.shape
-    padded = _LIBRARY.padded_rank(rank)
-    pack = _ForwardPack(
-        projection=basis.new_empty(count * width * padded, dtype=torch.int32),
-        basis=basis.new_empty(count * width * padded // 2, dtype=torch.int32),
-        bias=basis.new_empty(count, 2 * rank),
+    projection, basis, bias = _words(parameters, 2), _words(parameters, 1), _biases(parameters)
+    _pack(parameters, (projection, basis, None, None, bias), dtype)
+    return _ForwardPack(projection, basis, bias)
+
+
+def _pack_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
+    basis, projection = _words(parameters, 1), _words(parameters, 2)
+    _pack(parameters, (None, None, basis, projection, _biases(parameters)), dtype)
+    return _BackwardPack(basis, projection)
+
+
+def _words(parameters: Parameters, matrices: int) -> Tensor:
+    """Room for one or two matrices of padded rank, two numbers in a word."""
+    rank, width = parameters.basis.shape[-2:]
+    words = _sets(parameters) * matrices * _LIBRARY.padded_rank(rank) * width // 2
+    return parameters.basis.new_empty(words, dtype=torch.int32)
+
+
+def _biases(parameters: Parameters) -> Tensor:
+    return parameters.basis.new_empty(_sets(parameters), 2 * parameters.basis.shape[-2], dtype=torch.float32)
+
+
+def _pack(parameters: Parameters, to: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
+    """Pack into what of ``to`` there is."""
+    floats = Parameters(*(None if v is None else v.detach().float().contiguous() for v in parameters))  # type: ignore[arg-type]
+    with torch.cuda.device_of(parameters.basis):
+        torch.ops.baft_kernels.cuda_pack(*_with_sets(floats), *to, dtype == torch.float16)
+
+
+def _sets(parameters: Parameters) -> int:
+    return parameters.basis.shape[:-2].numel()
+
+
+def _with_sets(parameters: Parameters) -> Parameters:
+    """With a leading axis, of one set if there is none."""
+    if parameters.basis.ndim == 3:
+        return parameters
+    return Parameters(*(None if v is None else v.unsqueeze(0) for v in parameters))  # type: ignore[arg-type]
+
+
+def _gradients(parameters: Parameters, make: Callable[..., Tensor]) -> Parameters:
+    """Room for the gradients, float32."""
+    device = parameters.basis.device
+    return Parameters(
+        *(None if v is None else make(v.shape, dtype=torch.float32, device=device) for v in parameters)  # type: ignore[arg-type]
     )
-    with torch.cuda.device_of(basis):
-        torch.ops.baft_kernels.cuda_pack(*sets, *pack[:2], None, None, pack.bias, dtype == torch.float16)
-    return pack
+
+
+def _runs_on(device: torch.device) -> str | None:
+    """Why the kernels don't run on a device; None if they do."""
+    if device.type != "cuda":
+        return f"it serves tensors on an NVIDIA GPU, and h is on {device}"
+    if _architecture(device) < 900:
+        return "it serves GPUs from sm_90 on, and this one is older"
+    return None
+
+
+def _architecture(device: torch.device) -> int:
+    """As compilers number it: 900 for sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 100 * major + 10 * minor
 
 
 class CudaBackend(Backend):
@@ -87,13 +151,11 @@ class CudaBackend(Backend):
         return None
 
     def why_not(self, h: Tensor, rank: int) -> str | None:
-        if h.device.type != "cuda":
-            return f"it serves tensors on an NVIDIA GPU, and h is on {h.device}"
-        if torch.cuda.get_device_capability(h.device) < (9, 0):
-            return "it serves GPUs from sm_90 on, and this one is older"
+        if (reason := _runs_on(h.device)) is not None:
+            return reason
         if h.dtype not in (torch.bfloat16, torch.float16):
             return f"it serves bfloat16 and float16, and h is {str(h.dtype).removeprefix('torch.')}"
-        if not _LIBRARY.has_forward(h.shape[-1], rank):
+        if not _LIBRARY.has_kernels(h.shape[-1], rank, _architecture(h.device)):
             return f"its kernels aren't compiled for d = {h.shape[-1]} and r = {rank}"
         return None
 
@@ -121,6 +183,67 @@ class CudaBackend(Backend):
             torch.ops.baft_kernels.cuda_forward(h, out, weights, update, *chosen, *pack, _GATES.index(gate_fn))
         return out, weights, update
 
+    def backward(
+        self,
+        incoming: tuple[Tensor, Tensor | None, Tensor | None],
+        h: Tensor,
+        weights: Tensor,
+        update: Tensor,
+        parameters: Parameters,
+        rows: Tensor | None,
+        adapters: Tensor | None,
+        gate_fn: str,
+        input_gradient: bool,
+        parameter_gradients: bool,
+    ) -> tuple[Tensor | None, Parameters | None]:
+        grad_out, *aux = incoming
+        h, grad_out = _aligned(h), _aligned(grad_out)
+        low = [None if v is None else v.contiguous() for v in aux]
+        chosen = _Rows.of(rows, adapters, h.shape[0])
+        of_h = partial = None
+        if input_gradient:  # the kernel sees no other row than those of a list
+            of_h = torch.empty_like(h) if chosen.list is None else grad_out.clone(memory_format=torch.contiguous_format)
+        if chosen.items(h.shape[0]) == 0:
+            return of_h, _gradients(parameters, torch.zeros) if parameter_gradients else None
+        with torch.cuda.device_of(h):
+            if parameter_gradients:
+                partial = _Partial.of(chosen, h, parameters)
+            torch.ops.baft_kernels.cuda_backward(
+                grad_out,
+                *low,
+                h,
+                weights.contiguous(),
+                update.contiguous(),
+                *chosen,
+                *packed(_pack_backward, parameters, h.dtype),
+                _GATES.index(gate_fn),
+                of_h,
+                *(partial or (None, None, None)),
+                _sets(parameters),
+            )
+            if partial is None:
+                return of_h, None
+            gradients = _gradients(parameters, torch.empty)
+            torch.ops.baft_kernels.cuda_backward_reduce(*partial, *_with_sets(gradients))
+        return of_h, gradients
+
+    def retract(self, bases: Sequence[Tensor]) -> Tensor | None:
+        here = bases[0].device
+        if self.why_unusable() is not None or _runs_on(here) is not None:
+            return None
+        if not all(b.dtype == torch.float32 and b.is_contiguous() and b.device == here and len(b) <= 64 for b in bases):
+            return None
+        from baft_kernels.stiefel import ITERATIONS, NEAR  # here, since it imports the backends
+
+        distances = torch.empty(len(bases), device=here)
+        with torch.cuda.device_of(distances):
+            torch.ops.baft_kernels.cuda_retract(list(bases), distances, ITERATIONS, NEAR)
+        # What is packed is known to be stale by the version, which the operator doesn't raise.
+        for basis in bases:
+            if not basis.is_inference():
+                torch.autograd.graph.increment_version(basis)
+        return distances
+
 
 class _Rows(NamedTuple):
     """Which rows a call works on, as the operators take them."""
@@ -137,6 +260,31 @@ class _Rows(NamedTuple):
             return cls(rows.contiguous(), None, None)
         mask = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
         return cls(None, mask, adapters)
+
+    def items(self, total: int) -> int:
+        """How many rows the kernels look at, of so many."""
+        return total if self.list is None else self.list.numel()
+
+
+class _Partial(NamedTuple):
+    """Where the clusters of the backward pass leave their sums: see csrc/cuda/kernels.h."""
+
+    matrices: Tensor
+    biases: Tensor
+    sets: Tensor
+
+    @classmethod
+    def of(cls, rows: _Rows, h: Tensor, parameters: Parameters) -> _Partial:
+        rank, width = parameters.basis.shape[-2:]
+        padded = _LIBRARY.padded_rank(rank)
+        sequences = 1 if rows.adapters is None else rows.adapters.numel()
+        length = rows.items(h.shape[0]) // sequences
+        slots, parts = _LIBRARY.backward_slots(width, rank, h.dtype == torch.float16, sequences, length)
+        return cls(
+            matrices=h.new_empty(slots * 3 * padded * width, dtype=torch.float32),
+            biases=h.new_empty(slots * parts * 2 * padded, dtype=torch.float32),
+            sets=h.new_empty(slots, dtype=torch.int32),
+        )
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -10,13 +10,11 @@ namespace {
 
 constexpr int64_t kFewRows = 64; // up to which parameters take longer to load than h
 
-constexpr const char* kTooOld = "this device can't run the kernel: it takes clusters, and 227 KiB of shared memory";
-
 template <class T, int kCluster, int kWarps, int kStrip, int kRank>
 const char* decode_rows(const Forward& call, void* stream) {
   using K = ForwardDecode<T, kCluster, kWarps, kStrip, kRank, 8>;
   const int at_a_time = clusters_at_a_time<forward_decode<K>>(K::kCluster, K::kThreads, K::kSharedBytes);
-  if (at_a_time == 0) return kTooOld;
+  if (at_a_time == 0) return kCannotRun;
   // As few rows a tile as let all clusters run at once: less goes from CTA to CTA.
   const int64_t rows = (call.rows.sequences * call.rows.length + at_a_time - 1) / at_a_time;
   const ClusterTiles tiles(call.rows, static_cast<int>(rows < K::kRows ? rows : K::kRows));
@@ -29,7 +27,7 @@ const char* stream_rows(const Forward& call, void* stream) {
   using K = typename ForwardStreamInstance<T, kCluster, kWarps, kStrip, kRank>::Type;
   const int64_t tiles = call.rows.sequences * ((call.rows.length + K::kRows - 1) / K::kRows);
   const int at_a_time = clusters_at_a_time<forward_stream<K>>(K::kCluster, K::kThreads, K::kSharedBytes);
-  if (at_a_time == 0) return kTooOld;
+  if (at_a_time == 0) return kCannotRun;
   const int64_t clusters = tiles < at_a_time ? tiles : at_a_time;
   return launch_clusters(forward_stream<K>, clusters, K::kCluster, K::kThreads, K::kSharedBytes, stream, call);
 }

@@ -58,7 +58,7 @@ struct Backward {
   const float *weights, *update;            // w and u [T, r], as the forward pass wrote them
   const float *grad_weights, *grad_update;  // [T, r], or null
   float* partial;                           // [slots, 3 padded ranks, d]; null if parameters' gradients aren't wanted
-  float* partial_bias;                      // [slots, parts, 2 padded ranks]
+  float* partial_bias;                      // [slots, parts, 2 padded ranks]; parts as the kernel was compiled for
   int32_t* slot_sets;                       // [slots]
 };
 

@@ -8,6 +8,12 @@
 
 namespace baft::cuda {
 
+constexpr const char* kCannotRun = "this device can't run the kernel: it takes clusters, and 227 KiB of shared memory";
+
+inline const char* problem_of(cudaError_t status) {
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 // How many clusters of a kernel run on the current device at a time, 0 if none can; asked once for each device.
 template <auto kernel>
 int clusters_at_a_time(int cluster, int threads, int shared_bytes) {
@@ -47,8 +53,7 @@ const char* launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &shape;
   config.numAttrs = 1;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return problem_of(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 } // namespace baft::cuda

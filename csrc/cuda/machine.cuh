@@ -8,6 +8,11 @@
 
 namespace baft::cuda {
 constexpr int kLargestSharedBytes = 227 << 10; // that a CTA can have on sm_90 and sm_100
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__; // that this is compiled for: 900 for sm_90
+#else
+constexpr int kArchitecture = 0;
+#endif
 }
 
 #ifdef BAFT_EMULATED

@@ -1,4 +1,5 @@
 // Launches the packing.
+#include "launch.h"
 #include "launches.h"
 #include "pack.cuh"
 
@@ -13,8 +14,7 @@ const char* launch_pack(const Pack* layers, int count, Dtype dtype, void* stream
     const auto kernel = dtype == Dtype::bfloat16 ? pack<Bfloat16> : pack<Float16>;
     kernel<<<some * kShare, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, kShare);
   }
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return problem_of(cudaGetLastError());
 }
 
 } // namespace baft::cuda

@@ -1,0 +1,353 @@
+"""The CUDA backend behind the public functions, with its operators on the emulated GPU: it passes on the right things.
+
+What the kernels compute is the subject of test_cuda_forward, _decode, _backward and _retraction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import test_grouped
+import torch
+from op_calls import Call, draw_call
+from tolerance import assert_accurate, outputs_and_gradients
+from torch import Tensor
+
+from baft_kernels import (
+    BaftIntervention,
+    BaftOutput,
+    baft,
+    baft_,
+    grouped_baft,
+    orthonormal_basis,
+    orthonormality_error,
+    retract_,
+    retract_all_,
+)
+from baft_kernels.backends import FUSED, cuda, resolve_backend
+from baft_kernels.reference import GATE_FNS
+
+if shutil.which("g++") is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+import cuda_emulation as emulation  # after it is known that it can be built
+from test_cuda_retraction import Basis
+
+CLUSTERS = 2
+FORWARD = {(s.width, s.rank, s.dtype): s for s in emulation.shapes()}
+BACKWARD = {(s.width, s.rank, s.dtype): s for s in emulation.backward_shapes()}
+# Width, rank before padding, dtype.
+SHAPES = [(128, 5, torch.bfloat16), (256, 12, torch.bfloat16), (512, 16, torch.float16)]
+POSITIONS = {
+    "all": None,
+    "mask": torch.tensor([False, True, False, False, True]).repeat(2, 1),
+    "the same of each": torch.tensor([4, 1]),
+    "its own of each": torch.tensor([[1, 4], [4, 1]]),
+}
+every_shape = pytest.mark.parametrize(("d", "r", "dtype"), SHAPES)
+every_choice = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+
+
+# -- the operators, emulated: what csrc/cuda_bindings.cpp does with tensors --
+
+
+class Library:
+    """What the compiled module tells, of the shapes that are emulated."""
+
+    @staticmethod
+    def padded_rank(rank: int) -> int:
+        return next((padded for padded in (8, 16, 32) if rank <= padded), 0)
+
+    @classmethod
+    def has_kernels(cls, width: int, rank: int, _: int) -> bool:
+        return any((width, cls.padded_rank(rank), dtype) in BACKWARD for dtype in emulation.DTYPES)
+
+    @classmethod
+    def backward_slots(cls, width: int, rank: int, half: bool, sequences: int, length: int) -> tuple[int, int]:
+        shape = BACKWARD[width, cls.padded_rank(rank), emulation.DTYPES[half]]
+        return sequences + CLUSTERS, shape.parts
+
+
+def pointers(*tensors: Tensor | None) -> Iterator[int | None]:
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous()
+        yield emulation.pointer(tensor)
+
+
+def rows_of(chosen: tuple[Tensor | None, ...], total: int) -> emulation.Rows:
+    listed, _, adapters = chosen
+    sequences = 1 if adapters is None else adapters.numel()
+    return emulation.Rows(*pointers(*chosen), sequences, (total if listed is None else listed.numel()) // sequences)
+
+
+def check_matrix(x: Tensor) -> None:
+    assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def emulated_forward(h: Tensor, out: Tensor, weights: Tensor, update: Tensor, *rest: Any) -> None:
+    *chosen, projection, basis, bias, gate = rest
+    for matrix in (h, out):
+        check_matrix(matrix)
+    call = emulation.Forward(
+        h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), rows_of(tuple(chosen), h.shape[0]),
+        update.shape[1], gate, *pointers(projection, basis, bias, weights, update),
+    )  # fmt: skip
+    shape = FORWARD[h.shape[1], Library.padded_rank(update.shape[1]), h.dtype]
+    run = emulation.library("forward").emulate_forward_stream
+    emulation.run(run, ctypes.byref(call), shape.number, CLUSTERS, ctypes.c_uint64(0))
+
+
+def emulated_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    grad_update: Tensor | None,
+    h: Tensor,
+    weights: Tensor,
+    update: Tensor,
+    *rest: Any,
+) -> None:
+    listed, mask, adapters, basis, projection, gate, grad_input, partial, partial_bias, slot_sets, _ = rest
+    for matrix in (grad_out, h, *([] if grad_input is None else [grad_input])):
+        check_matrix(matrix)
+    call = emulation.Backward(
+        grad_out.data_ptr(), h.data_ptr(), emulation.pointer(grad_input), grad_out.stride(0), h.stride(0),
+        0 if grad_input is None else grad_input.stride(0), rows_of((listed, mask, adapters), h.shape[0]),
+        update.shape[1], gate,
+        *pointers(basis, projection, weights, update, grad_weights, grad_update, partial, partial_bias, slot_sets),
+    )  # fmt: skip
+    shape = BACKWARD[h.shape[1], Library.padded_rank(update.shape[1]), h.dtype]
+    run = emulation.library("backward").emulate_backward_stream
+    emulation.run(run, ctypes.byref(call), shape.number, CLUSTERS, ctypes.c_uint64(0))
+
+
+def emulated_reduce(partial: Tensor, partial_bias: Tensor, slot_sets: Tensor, *gradients: Any) -> None:
+    sets, rank, width = gradients[0].shape
+    padded, slots = Library.padded_rank(rank), slot_sets.numel()
+    call = emulation.BackwardReduce(
+        *pointers(partial, partial_bias, slot_sets), slots, partial_bias.numel() // (slots * 2 * padded),
+        sets, rank, padded, width, *pointers(*gradients),
+    )  # fmt: skip
+    emulation.run(emulation.library("backward").emulate_backward_reduce, ctypes.byref(call), ctypes.c_uint64(0))
+
+
+def emulated_pack(*arguments: Any) -> None:
+    *tensors, half = arguments
+    parameters, to = tensors[:5], tensors[5:]
+    sets, rank, width = parameters[0].shape
+    layer = emulation.Pack(
+        *pointers(*parameters), sets, rank, width, Library.padded_rank(rank), *pointers(*to)
+    )  # fmt: skip
+    emulation.run(emulation.library("forward").emulate_pack, ctypes.byref(layer), int(half), ctypes.c_uint64(0))
+
+
+def emulated_retract(bases: list[Tensor], distances: Tensor, iterations: int, near: float) -> None:
+    table = (Basis * len(bases))(*(Basis(basis.data_ptr(), *basis.shape) for basis in bases))
+    arguments = (ctypes.c_void_p(distances.data_ptr()), iterations, ctypes.c_float(near), 0, ctypes.c_uint64(0))
+    emulation.run(emulation.library("retract").emulate_retract, table, len(bases), *arguments)
+
+
+OPERATORS = {
+    "cuda_forward": emulated_forward,
+    "cuda_backward": emulated_backward,
+    "cuda_backward_reduce": emulated_reduce,
+    "cuda_retract": emulated_retract,
+    "cuda_pack": emulated_pack,
+}
+_emulated = torch.library.Library("baft_kernels", "IMPL")
+for _name, _function in OPERATORS.items():
+    _emulated.impl(_name, _function, "CPU")
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_LIBRARY", Library)
+    monkeypatch.setattr(cuda, "_runs_on", lambda device: None)
+    monkeypatch.setattr(cuda, "_architecture", lambda device: 900)
+    monkeypatch.setattr(cuda.CudaBackend, "why_unusable", lambda self: None)
+
+
+def on_cuda(*arguments: Any, **options: Any) -> BaftOutput:
+    call = Call(*arguments)
+    options = {"gate_fn": call.gate_fn, "positions": call.rows, "backend": "cuda"} | options
+    return baft(*call[:6], return_aux=True, **options)
+
+
+# -- accuracy --
+
+
+@every_shape
+@pytest.mark.parametrize("gate_fn", GATE_FNS)
+def test_it_is_accurate(d: int, r: int, dtype: torch.dtype, gate_fn: str) -> None:
+    assert_accurate(on_cuda, *(draw_call((2, 19), d, r, gate_fn=gate_fn, dtype=dtype, seed=seed) for seed in range(3)))
+
+
+@pytest.mark.parametrize("gate_fn", GATE_FNS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_set_for_each_sequence(gate_fn: str, listed: bool) -> None:
+    call = test_grouped.draw((3, 20), 256, 12, 3, gate_fn=gate_fn, dtype=torch.bfloat16)
+    ids = torch.tensor([2, 0, 2])
+    positions = torch.tensor([3, 17, 0]) if listed else None
+    found = [
+        test_grouped.with_gradients(call, lambda c, b=b: test_grouped.grouped(c, ids, b, positions=positions))
+        for b in ("cuda", "reference")
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=2e-2, atol=4e-2)
+    assert not any(bool(found[0][f"gradient of {name}"][1].any()) for name in ("basis", "source", "source_bias"))
+
+
+# -- rows and layouts --
+
+
+@every_choice
+def test_positions(positions: Tensor | None) -> None:
+    call = draw_call((2, 5), 256, 12, dtype=torch.bfloat16)._replace(rows=positions)
+    actual = outputs_and_gradients(on_cuda, call)
+    expected = outputs_and_gradients(lambda *given: on_cuda(*given, backend="reference"), call)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
+    if positions is not None:
+        others = ~POSITIONS["mask"]
+        assert torch.equal(actual["out"][others], call.h[others])
+
+
+@every_choice
+def test_in_place_on_any_layout(positions: Tensor | None) -> None:
+    call = draw_call((2, 5), 256, 12, dtype=torch.bfloat16)
+    expected = baft(*call[:6], positions=positions, backend="cuda")
+    layouts = {
+        "dense": torch.empty(2, 5, 256),
+        "wide": torch.empty(2, 5, 264)[..., :256],
+        "rows at odd places": torch.empty(2, 5, 259)[..., 1:257],
+        "turned": torch.empty(2, 256, 5).mT,
+    }
+    for layout in layouts.values():
+        h = (
+            layout.bfloat16()
+            if layout.is_contiguous()
+            else torch.empty_strided(layout.shape, layout.stride(), dtype=torch.bfloat16)
+        )
+        h.copy_(call.h)
+        assert baft_(h, *call[1:6], positions=positions, backend="cuda") is h
+        assert torch.equal(h, expected)
+
+
+def test_gradients_of_any_layout() -> None:
+    call = draw_call((6, 40), 256, 12, dtype=torch.bfloat16)
+    leaves = call._replace(**{name: value.requires_grad_() for name, value in call.floats().items()})
+    inputs = list(leaves.floats().values())
+    out = on_cuda(*leaves).out
+    for gradient in (torch.randn(1, 1, 1).expand(6, 40, 256), torch.randn(256, 40, 6).permute(2, 1, 0)):
+        gradient = gradient.bfloat16()
+        found = [
+            torch.autograd.grad(out, inputs, given, retain_graph=True) for given in (gradient, gradient.contiguous())
+        ]
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("positions", [None, torch.empty(0, dtype=torch.int64)])
+def test_no_rows(positions: Tensor | None) -> None:
+    call = draw_call((0 if positions is None else 3,), 256, 12, dtype=torch.bfloat16)
+    results = outputs_and_gradients(on_cuda, call._replace(rows=positions))
+    assert torch.equal(results["out"], call.h)
+    assert not any(bool(results[f"gradient of {name}"].any()) for name in ("basis", "source", "gate"))
+
+
+def test_only_what_is_wanted() -> None:
+    call = draw_call((9,), 256, 12, dtype=torch.bfloat16)
+    leaves = {name: value.requires_grad_() for name, value in call.floats().items()}
+    whole = torch.autograd.grad(on_cuda(*call._replace(**leaves)).out.float().sum(), list(leaves.values()))
+    by_name = dict(zip(leaves, whole, strict=True))
+    for names in (["h"], ["basis", "gate_bias"]):
+        chosen = {name: value if name in names else value.detach() for name, value in leaves.items()}
+        out = on_cuda(*call._replace(**chosen)).out
+        for name, one in zip(names, torch.autograd.grad(out.float().sum(), [leaves[n] for n in names]), strict=True):
+            assert torch.equal(one, by_name[name])
+
+
+# -- what calls it --
+
+
+def test_a_module_trains_on_it() -> None:
+    losses = []
+    for served in ("cuda", "reference"):
+        layer = BaftIntervention(256, 12, backend=served, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+        h, target = (
+            torch.randn(20, 256, generator=torch.Generator().manual_seed(s), dtype=torch.bfloat16) for s in (1, 2)
+        )
+        of_steps = []
+        for _ in range(4):
+            loss = (layer(h) - target).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            retract_all_([layer.basis], backend=served)
+            of_steps.append(loss.item())
+        losses.append(of_steps)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_bases_near_and_far_are_retracted() -> None:
+    bases = [orthonormal_basis(r, 40) for r in (3, 5, 8)]
+    for basis, step in zip(bases, (0.01, 0.3, 0.02), strict=True):
+        basis += step * torch.randn_like(basis)
+    expected = [retract_(basis.clone()) for basis in bases]
+    versions = [basis._version for basis in bases]
+    retract_all_(bases, backend="cuda")
+    for basis, wanted, version in zip(bases, expected, versions, strict=True):
+        torch.testing.assert_close(basis, wanted, rtol=0, atol=2e-7)
+        assert basis._version > version
+    large = torch.eye(65) * 1.01
+    retract_all_([large], backend="cuda")  # by torch
+    assert orthonormality_error(large) < 1e-6
+
+
+# -- what it can't serve --
+
+
+@pytest.mark.parametrize(
+    ("h", "rank", "says"),
+    [
+        (torch.ones(1, 256), 8, "it serves bfloat16 and float16, and h is float32"),
+        (torch.ones(1, 257, dtype=torch.bfloat16), 8, "its kernels aren't compiled for d = 257 and r = 8"),
+        (torch.ones(1, 256, dtype=torch.bfloat16), 33, "its kernels aren't compiled for d = 256 and r = 33"),
+    ],
+)
+def test_what_it_cannot_serve(h: Tensor, rank: int, says: str) -> None:
+    with pytest.raises(ValueError, match=f"backend: expected one that serves this call, got 'cuda': {says}"):
+        resolve_backend("cuda", h, rank)
+
+
+def test_auto_waits_for_a_run_on_a_gpu() -> None:
+    assert FUSED["cuda"].unproven
+    assert resolve_backend("auto", torch.empty(1, 256, dtype=torch.bfloat16), 8) != "cuda"
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (ModuleNotFoundError("No module named 'baft_kernels._cuda'"), "csrc/cuda wasn't built: it takes nvcc"),
+        (ImportError("_cuda.abi3.so: undefined symbol: torch_call"), "doesn't load: _cuda.abi3.so: undefined symbol"),
+    ],
+)
+def test_a_library_that_is_missing_or_broken_says_so(
+    result: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise result
+
+    monkeypatch.setattr(cuda.importlib, "import_module", fail)
+    problem = cuda._load()
+    assert says in str(problem)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "_LIBRARY", problem)
+    assert cuda.CudaBackend().why_unusable() == problem
+    with pytest.raises(ValueError, match="backend: expected a usable one"):
+        grouped_baft(*test_grouped.draw((1, 2), 256, 8, 1)[:6], torch.tensor([0]), backend="cuda")
