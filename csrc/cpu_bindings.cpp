@@ -53,7 +53,8 @@ int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * u
 // Panels or blocks of `units` columns or rows times `inner`, which pairs pad to an even number; see cpu/kernels.h.
 baft::cpu::Packed packed_of(const Tensor& x, Dtype of_matrix, int64_t units, int64_t inner) {
   const bool pairs = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(!pairs || (baft::cpu::kernels().pairs && of_matrix == Dtype::bfloat16), "expected float32 parameters");
+  STD_TORCH_CHECK(!pairs || (baft::cpu::kernels().pairs && of_matrix == Dtype::bfloat16),
+                  "expected float32 parameters");
   STD_TORCH_CHECK((pairs || x.scalar_type() == ScalarType::Float) && x.is_contiguous() &&
                       x.numel() == units * (pairs ? padded(inner, 2) : inner),
                   "expected packed parameters of the right size");
@@ -94,8 +95,8 @@ void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, cons
   baft::cpu::forward(call, parallel_for);
 }
 
-// Large memory comes fresh from the system, which hands it over page by page as it is written: at 4 KiB a page that takes
-// longer than the writing. Where the system leaves the choice to programs, ask for pages of 2 MiB.
+// Large memory comes fresh from the system, which hands it over page by page as it is written: at 4 KiB a page that
+// takes longer than the writing. Where the system leaves the choice to programs, ask for pages of 2 MiB.
 void ask_for_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -109,9 +110,9 @@ void ask_for_huge_pages(void* data, size_t bytes) {
 Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      2, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   Tensor matrix(handle);
   ask_for_huge_pages(matrix.mutable_data_ptr(), rows * columns * matrix.element_size());
   return matrix;

@@ -1,17 +1,17 @@
 // The only file that knows torch and the CUDA kernels: unpacks tensors, checks what the kernels take for granted,
 // registers the operators.
 //
-// It uses torch's stable ABI, so that one build serves every torch from 2.11 on, and can be made with a CPU build of it.
-// The library loads where there is no GPU, and no CUDA. The schemas are in baft_kernels/backends/cuda.py.
-#include <cstdint>
-#include <optional>
-#include <vector>
-
+// It uses torch's stable ABI, so that one build serves every torch from 2.11 on, and can be made with a CPU build of
+// it. The library loads where there is no GPU, and no CUDA. The schemas are in baft_kernels/backends/cuda.py.
 #include <Python.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "cuda/launches.h"
 
@@ -57,7 +57,8 @@ void* stream_of(const Tensor& x) {
   using CurrentStream = int32_t (*)(int32_t, void**);
   static const auto current_stream = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return reinterpret_cast<CurrentStream>(torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr);
+    return reinterpret_cast<CurrentStream>(torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")
+                                                      : nullptr);
   }();
   STD_TORCH_CHECK(current_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
@@ -65,7 +66,9 @@ void* stream_of(const Tensor& x) {
   return stream;
 }
 
-void check_launch(const char* problem) { STD_TORCH_CHECK(problem == nullptr, "the CUDA kernel wasn't launched: ", problem); }
+void check_launch(const char* problem) {
+  STD_TORCH_CHECK(problem == nullptr, "the CUDA kernel wasn't launched: ", problem);
+}
 
 baft::cuda::Rows rows_of(const std::optional<Tensor>& list, const std::optional<Tensor>& mask,
                          const std::optional<Tensor>& adapters, int64_t total) {
@@ -74,8 +77,8 @@ baft::cuda::Rows rows_of(const std::optional<Tensor>& list, const std::optional<
   STD_TORCH_CHECK(sequences > 0 ? items % sequences == 0 : items == 0, "expected sequences of equal length");
   return {list ? pointer_to<const int64_t>(*list, ScalarType::Long, items) : nullptr,
           mask ? pointer_to<const uint8_t>(*mask, ScalarType::Bool, total) : nullptr,
-          adapters ? pointer_to<const int64_t>(*adapters, ScalarType::Long, sequences) : nullptr,
-          sequences, sequences > 0 ? items / sequences : 0};
+          adapters ? pointer_to<const int64_t>(*adapters, ScalarType::Long, sequences) : nullptr, sequences,
+          sequences > 0 ? items / sequences : 0};
 }
 
 void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
@@ -177,9 +180,9 @@ void retract(const std::vector<Tensor>& bases, const Tensor& distances, int64_t 
                      static_cast<int>(basis.size(1))});
   }
   const int64_t count = static_cast<int64_t>(table.size());
-  check_launch(baft::cuda::launch_retract(table.data(), static_cast<int>(count),
-                                          pointer_to<float>(distances, ScalarType::Float, count),
-                                          static_cast<int>(iterations), static_cast<float>(near), stream_of(distances)));
+  check_launch(baft::cuda::launch_retract(
+      table.data(), static_cast<int>(count), pointer_to<float>(distances, ScalarType::Float, count),
+      static_cast<int>(iterations), static_cast<float>(near), stream_of(distances)));
 }
 
 void pack(const Tensor& basis, const Tensor& source, const Tensor& source_bias, const std::optional<Tensor>& gate,
@@ -238,7 +241,8 @@ static PyObject* backward_slots(PyObject*, PyObject* arguments) {
 
 static PyMethodDef methods[] = {
     {"padded_rank", padded_rank, METH_O, "The rank that kernels for this one are compiled for, 0 for none."},
-    {"has_kernels", has_kernels, METH_VARARGS, "Whether kernels are compiled for a width, a rank, and an architecture: 900 for sm_90."},
+    {"has_kernels", has_kernels, METH_VARARGS,
+     "Whether kernels are compiled for a width, a rank, and an architecture: 900 for sm_90."},
     {"backward_slots", backward_slots, METH_VARARGS,
      "Slots and parts that a backward pass takes: width, rank, whether float16, sequences, their length."},
     {}};

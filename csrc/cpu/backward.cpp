@@ -116,9 +116,8 @@ void backward(const Backward& call, ParallelFor parallel_for) {
   // A strip's width changes nothing but the order of the work.
   const int64_t grain = std::max<int64_t>(1, Projection::kGrainWork / (count * stride * kBlock + 1));
   const int64_t strip_blocks = std::max<int64_t>(1, std::min(kStripBlocks, blocks / Projection::kTasks));
-  parallel(parallel_for, ceil_div(blocks, strip_blocks), ceil_div(grain, strip_blocks), [&](int64_t index) {
-    strip(index * strip_blocks, std::min(blocks, (index + 1) * strip_blocks));
-  });
+  parallel(parallel_for, ceil_div(blocks, strip_blocks), ceil_div(grain, strip_blocks),
+           [&](int64_t index) { strip(index * strip_blocks, std::min(blocks, (index + 1) * strip_blocks)); });
 
   if (!wants_parameters) return;
   std::vector<double> bias_sums(inputs);

@@ -1,9 +1,10 @@
 // The CPU kernels' interface: plain structs, raw pointers, no torch. One table of functions for each instruction set.
 //
 // Layouts. A projection x W^T reads W packed in panels: [panels][d][kPanel], outputs padded with zeros to a multiple of
-// kPanel, so that one k reads one contiguous run. A write-back C E reads E packed in column blocks: [blocks][k][kBlock],
-// columns padded with zeros to a multiple of kBlock. Both keep what a register tile needs contiguous: rows of h are d
-// apart, and at a power of two they would all fall into the same few sets of the first-level cache.
+// kPanel, so that one k reads one contiguous run. A write-back C E reads E packed in column blocks:
+// [blocks][k][kBlock], columns padded with zeros to a multiple of kBlock. Both keep what a register tile needs
+// contiguous: rows of h are d apart, and at a power of two they would all fall into the same few sets of the
+// first-level cache.
 //
 // For a bfloat16 matrix the packed parameters may be bfloat16 too, in pairs, as the processor's dot products want them:
 // panels are [panels][d / 2][kPanel][2], two neighbours along d together, and blocks [blocks][k / 2][kBlock][2].
@@ -42,16 +43,16 @@ struct Kernels {
   bool pairs;        // whether it has dot products of bfloat16
 
   // sums[panel][i][kPanel] += x[rows[i]][first : first + width] W^T, for every panel; W is packed over `dim` columns.
-  void (*project)(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width, const Packed& panels,
-                  int64_t panel_count, int64_t outputs, int64_t dim, float* sums);
+  void (*project)(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width,
+                  const Packed& panels, int64_t panel_count, int64_t outputs, int64_t dim, float* sums);
 
   // out[rows[i]] = x[rows[i]] + C[i] E on columns first : first + width; C is [count, k] with `stride` elements a row.
   // `first` is a multiple of kBlock, k at most kMostPairs with pairs. x and out may be the same.
   void (*expand)(const Matrix& x, const Matrix& out, const int64_t* rows, int64_t count, int64_t first, int64_t width,
                  const float* coefficients, int64_t stride, int64_t k, const Packed& blocks);
 
-  // sums[j][kBlock] += sum over i of C[i][j] x[rows[i]][first : first + width], for j < k; width <= kBlock, any count. C has
-  // `stride` numbers a row: floats, or with pairs what `pair_rows` made of them.
+  // sums[j][kBlock] += sum over i of C[i][j] x[rows[i]][first : first + width], for j < k; width <= kBlock, any count.
+  // C has `stride` numbers a row: floats, or with pairs what `pair_rows` made of them.
   void (*outer)(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width,
                 const void* coefficients, int64_t stride, int64_t k, bool pairs, float* sums);
 

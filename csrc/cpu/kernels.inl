@@ -1,5 +1,5 @@
-// The kernels, written once over vectors of kLanes floats and compiled once for each instruction set. The including file
-// sets BAFT_LANES, BAFT_TILE_ROWS, BAFT_EXPAND_VECTORS, BAFT_PAIRS, BAFT_NAME and BAFT_VARIANT.
+// The kernels, written once over vectors of kLanes floats and compiled once for each instruction set. The including
+// file sets BAFT_LANES, BAFT_TILE_ROWS, BAFT_EXPAND_VECTORS, BAFT_PAIRS, BAFT_NAME and BAFT_VARIANT.
 //
 // Everything is in an unnamed namespace, and nothing of the C++ library is called: an inline function that two variants
 // share would be linked once, maybe with instructions that the processor doesn't have.
@@ -131,8 +131,8 @@ inline void add_row(const T* from, T* to, int64_t width, const Vector* sums) {
   for (int64_t column = 0; column < width; ++column) to[column] = padded[column];
 }
 
-// Ask for x[first : first + width] of a row, to have it in the second-level cache when its turn comes: a tile reads many
-// rows at once, a kilobyte of each, and the hardware takes that for no stream.
+// Ask for x[first : first + width] of a row, to have it in the second-level cache when its turn comes: a tile reads
+// many rows at once, a kilobyte of each, and the hardware takes that for no stream.
 template <class T>
 inline void ask_for(const T* x, int64_t width) {
   constexpr int64_t LINE = 64 / sizeof(T);
@@ -302,8 +302,8 @@ void outer_tile(const float* x, int64_t count, const float* coefficients, int64_
     }
 }
 
-void outer(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width,
-           const void* coefficients, int64_t stride, int64_t k, bool pairs, float* sums) {
+void outer(const Matrix& x, const int64_t* rows, int64_t count, int64_t first, int64_t width, const void* coefficients,
+           int64_t stride, int64_t k, bool pairs, float* sums) {
 #if BAFT_PAIRS
   if (pairs)
     return outer_pairs(x, rows, count, first, width, static_cast<const uint32_t*>(coefficients), stride, k, sums);

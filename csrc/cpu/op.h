@@ -23,28 +23,28 @@ struct Rows {
 };
 
 struct Forward {
-  Matrix h, out;           // [*, d]; may be the same
-  Rows rows;               // of h, out, weights and update
+  Matrix h, out; // [*, d]; may be the same
+  Rows rows;     // of h, out, weights and update
   int64_t d, r;
   Gate gate;
-  Packed projection;       // panels of (D, G), or of D alone without a gate
-  Packed basis;            // blocks of R
-  const float* bias;       // b, then c
-  float* weights;          // w [*, r]
-  float* update;           // u [*, r]
+  Packed projection; // panels of (D, G), or of D alone without a gate
+  Packed basis;      // blocks of R
+  const float* bias; // b, then c
+  float* weights;    // w [*, r]
+  float* update;     // u [*, r]
 };
 
 struct Backward {
-  Matrix grad_out, h, grad_h;  // [*, d]; grad_h.data null: not wanted
+  Matrix grad_out, h, grad_h; // [*, d]; grad_h.data null: not wanted
   Rows rows;
   int64_t d, r;
   Gate gate;
-  Packed basis;                // panels of R
-  Packed projection;           // blocks of (D, G), or of D alone
-  const float* weights;        // w [*, r]
-  const float* update;         // u [*, r]
-  const float* grad_weights;   // [*, r], or null
-  const float* grad_update;    // [*, r], or null
+  Packed basis;                                            // panels of R
+  Packed projection;                                       // blocks of (D, G), or of D alone
+  const float* weights;                                    // w [*, r]
+  const float* update;                                     // u [*, r]
+  const float* grad_weights;                               // [*, r], or null
+  const float* grad_update;                                // [*, r], or null
   float *basis_gradient, *source_gradient, *gate_gradient; // [r, d]; source_gradient null: none is wanted
   float *source_bias_gradient, *gate_bias_gradient;        // [r]
 };

@@ -1,5 +1,5 @@
-// The kernels for bfloat16 on processors that multiply and add pairs of it: twice the work of float32 in an instruction.
-// A part of kernels.inl, which has the same three for float32.
+// The kernels for bfloat16 on processors that multiply and add pairs of it: twice the work of float32 in an
+// instruction. A part of kernels.inl, which has the same three for float32.
 namespace baft::cpu {
 namespace {
 
@@ -100,7 +100,8 @@ void project_pairs(const Matrix& x, const int64_t* rows, int64_t count, int64_t 
 // Round C [count, k] to pairs of neighbours along k: [count][k / 2], the last with a zero if k is odd.
 inline void pair_columns(const float* coefficients, int64_t stride, int64_t count, int64_t k, uint32_t* pairs) {
   for (int64_t i = 0; i < count; ++i, coefficients += stride, pairs += (k + 1) / 2) {
-    for (int64_t j = 0; j + 1 < k; j += 2) pairs[j / 2] = pair_of(rounded(coefficients[j]), rounded(coefficients[j + 1]));
+    for (int64_t j = 0; j + 1 < k; j += 2)
+      pairs[j / 2] = pair_of(rounded(coefficients[j]), rounded(coefficients[j + 1]));
     if (k % 2) pairs[k / 2] = pair_of(rounded(coefficients[k - 1]), {0});
   }
 }

@@ -36,8 +36,8 @@ struct TileRows {
 //
 // Few rows are few tiles: then d is split as well, so that several threads have work. How, depends on the shape alone.
 struct Projection {
-  static constexpr int64_t kTasks = 16;      // pieces of work that are enough for the processors of today
-  static constexpr int64_t kMinWidth = 512;  // columns below which a piece isn't worth a thread
+  static constexpr int64_t kTasks = 16;          // pieces of work that are enough for the processors of today
+  static constexpr int64_t kMinWidth = 512;      // columns below which a piece isn't worth a thread
   static constexpr int64_t kGrainWork = 1 << 16; // multiplications below which a thread isn't
 
   int64_t tile_rows, tiles, splits, width, outputs, panels, d;

@@ -11,11 +11,11 @@ namespace {
 // `act` on the instance for a width and a rank: true if there is one.
 template <class T, class Act>
 bool with_instance(int64_t width, int64_t rank, Act act) {
-#define BAFT_CASE(WIDTH, RANK, CLUSTER, WARPS, STRIP, ROWS)                                    \
-  if (width == WIDTH && padded_rank(rank) == RANK) {                                           \
-    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width");       \
-    act(typename BackwardStreamInstance<T, CLUSTER, WARPS, STRIP, RANK, ROWS>::Type());        \
-    return true;                                                                               \
+#define BAFT_CASE(WIDTH, RANK, CLUSTER, WARPS, STRIP, ROWS)                              \
+  if (width == WIDTH && padded_rank(rank) == RANK) {                                     \
+    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width"); \
+    act(typename BackwardStreamInstance<T, CLUSTER, WARPS, STRIP, RANK, ROWS>::Type());  \
+    return true;                                                                         \
   }
   BAFT_BACKWARD_STREAM(BAFT_CASE)
 #undef BAFT_CASE
@@ -24,7 +24,8 @@ bool with_instance(int64_t width, int64_t rank, Act act) {
 
 template <class Act>
 bool with_instance(Dtype dtype, int64_t width, int64_t rank, Act act) {
-  return dtype == Dtype::bfloat16 ? with_instance<Bfloat16>(width, rank, act) : with_instance<Float16>(width, rank, act);
+  return dtype == Dtype::bfloat16 ? with_instance<Bfloat16>(width, rank, act)
+                                  : with_instance<Float16>(width, rank, act);
 }
 
 template <class K>

@@ -28,9 +28,10 @@ BAFT_DEVICE void add_columns(const BackwardReduce& call, int64_t set, int64_t k,
         parts[i][m] = counts ? load_constant(reinterpret_cast<const float4*>(from + rows[m] * call.width)) : zeros;
     }
     BAFT_UNROLL
-    for (int i = 0; i < kReduceSlots; ++i)
+    for (int i = 0; i < kReduceSlots; ++i) {
       BAFT_UNROLL
       for (int m = 0; m < 3; ++m) sums[m] = plus(sums[m], parts[i][m]);
+    }
   }
   // D = A - R, so that A has the gradient of D, and R that of the expansion less that of D.
   const int64_t at = (set * call.rank + k) * call.width + column;

@@ -37,8 +37,8 @@ struct ForwardDecode {
   static constexpr int kRows = kRows_;       // of a tile, at most
   static constexpr int kHalves = kRows / 8;  // of the 16 rows of a product
   static constexpr int kBlocks = kStrip / kBlockColumns;
-  static constexpr int kOutputs = 2 * kRank; // p and z
-  static constexpr int kPairs = kRank / 2;   // of bases
+  static constexpr int kOutputs = 2 * kRank;     // p and z
+  static constexpr int kPairs = kRank / 2;       // of bases
   static constexpr int kGating = kRows * kPairs; // threads that reduce and gate
   static constexpr int kSlice = kWarps * kStrip;
   static constexpr int kWidth = kCluster * kSlice; // d
@@ -123,10 +123,11 @@ template <class K>
 BAFT_DEVICE void project(const LaneRows<K>& h, const Fragments<K::kOutputs> (&projection)[K::kBlocks], float* partial) {
   float sums[K::kOutputs / 8][4] = {};
   BAFT_UNROLL
-  for (int b = 0; b < K::kBlocks; ++b)
+  for (int b = 0; b < K::kBlocks; ++b) {
     BAFT_UNROLL
     for (int n = 0; n < K::kOutputs / 8; ++n)
       K::T::multiply(sums[n], h.words[b], projection[b].words[2 * n], projection[b].words[2 * n + 1]);
+  }
   if constexpr (K::kRows == 8)
     K::Partial::store_upper(partial, warp(), sums);
   else
@@ -141,13 +142,13 @@ BAFT_DEVICE void add_and_write(const Forward& call, const LaneRows<K>& h, const 
   constexpr int kDepths = K::kRank / 16; // products of depth 16; 0 for one of depth 8
   uint32_t left[kDepths ? kDepths : 1][kDepths ? 4 : 2] = {};
   BAFT_UNROLL
-  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth)
+  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth) {
     BAFT_UNROLL
     for (int q = 0; q < (kDepths ? 4 : 2); ++q) {
       const Element at = left_element(lane(), q);
       if (q % 2 < K::kHalves) left[depth][q] = update[at.row * K::kUpdatePitch + depth * 8 + at.column / 2];
     }
-
+  }
   float sums[2 * K::kBlocks][4]; // all of them before the first is written: no product waits behind a branch
   BAFT_UNROLL
   for (int n = 0; n < 2 * K::kBlocks; ++n) {
@@ -210,7 +211,8 @@ BAFT_DEVICE float4 sums_of_cta(int rank) {
 // Launch it on as many clusters as there are tiles, of at most kRows rows. h and out are read and written in words, so
 // that they need only lie at multiples of 4 bytes, and their strides be even.
 template <class K>
-BAFT_KERNEL(K::kThreads) forward_decode(const Forward call, const ClusterTiles tiles) {
+BAFT_KERNEL(K::kThreads)
+forward_decode(const Forward call, const ClusterTiles tiles) {
   const Tile tile = tiles.at(call.rows, block() / K::kCluster);
   if constexpr (K::kCluster > 1) expect_sums<K>(tile);
 

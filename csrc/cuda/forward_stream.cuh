@@ -1,7 +1,8 @@
 // The forward pass over many rows, in one sweep of device memory.
 //
-// A cluster splits d among its CTAs, a CTA its slice among its warps. A warp keeps the D, G and R of its strip of columns
-// in registers and never touches other columns, so that nothing but h moves through the chip. For each tile of rows:
+// A cluster splits d among its CTAs, a CTA its slice among its warps. A warp keeps the D, G and R of its strip of
+// columns in registers and never touches other columns, so that nothing but h moves through the chip. For each tile of
+// rows:
 //
 //   producer   copies the rows' slices into a stage of shared memory
 //   warps      multiply their strips by (D, G), and leave partial sums
@@ -10,9 +11,9 @@
 //   warps      add u R to their strips, in the stage
 //   producer   copies the stage out
 //
-// No buffer between CTAs needs to say that it is empty, and one of each is enough. A CTA sends sums of tile j + 1 only
-// after it got u of tile j from every owner, who by then has read all sums of tile j; and an owner sends u of tile j + 1
-// only after it got the sums of tile j + 1 from every CTA, all of whose warps have by then used u of tile j.
+// No buffer between CTAs needs to say that it is empty, and one of each is enough. A CTA sends sums of the next tile
+// only after it got u of this one from every owner, who by then has read all sums of this tile; and an owner sends u of
+// the next tile only after it got its sums from every CTA, all of whose warps have by then used u of this one.
 #pragma once
 
 #include "fragments.h"
@@ -35,8 +36,8 @@ struct ForwardStream {
   static constexpr int kStages = kStages_;   // tiles in shared memory
   static constexpr int kOutputs = 2 * kRank; // p and z
   static constexpr int kSlice = kWarps * kStrip;
-  static constexpr int kWidth = kCluster * kSlice; // d
-  static constexpr int kOwned = kRows / kCluster;  // rows of a tile that a CTA finds w and u of
+  static constexpr int kWidth = kCluster * kSlice;   // d
+  static constexpr int kOwned = kRows / kCluster;    // rows of a tile that a CTA finds w and u of
   static constexpr int kGating = kOwned * kRank / 2; // threads that do, each for two bases of a row
   static constexpr int kComputing = 32 * kWarps;
   static constexpr int kThreads = kComputing + 32;
@@ -60,8 +61,9 @@ struct ForwardStream {
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 2);
 };
 
-// The tile and the stages of an instance. Wide slices fill shared memory with 16 rows a tile; narrow ones take 32, since
-// the exchange between CTAs costs the same for both. Then as many stages as fit, up to what hides the latency of memory.
+// The tile and the stages of an instance. Wide slices fill shared memory with 16 rows a tile; narrow ones take 32,
+// since the exchange between CTAs costs the same for both. Then as many stages as fit, up to what hides the latency of
+// memory.
 template <class T, int kCluster, int kWarps, int kStrip, int kRank>
 struct ForwardStreamInstance {
   static constexpr bool kNarrow = kWarps * kStrip <= 512 && 32 / kCluster * kRank / 2 <= 32 * kWarps;
@@ -80,8 +82,8 @@ struct ForwardStreamInstance {
 template <class K>
 struct ForwardStreamBarriers {
   Address first = address_of(shared_memory() + K::kBarriersAt);
-  BAFT_DEVICE Address full(int stage) const { return first + 8 * stage; }                   // rows have arrived
-  BAFT_DEVICE Address done(int stage) const { return first + 8 * (K::kStages + stage); }    // and are edited
+  BAFT_DEVICE Address full(int stage) const { return first + 8 * stage; }                // rows have arrived
+  BAFT_DEVICE Address done(int stage) const { return first + 8 * (K::kStages + stage); } // and are edited
   BAFT_DEVICE Address sums() const { return first + 8 * (2 * K::kStages); }
   BAFT_DEVICE Address update() const { return first + 8 * (2 * K::kStages + 1); }
 };
@@ -89,7 +91,8 @@ struct ForwardStreamBarriers {
 // -- producer: one warp, a lane for each row --
 
 template <class K>
-BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles, const ForwardStreamBarriers<K>& barriers) {
+BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
+                            const ForwardStreamBarriers<K>& barriers) {
   const int first_column = cluster_rank() * K::kSlice;
   const Address stages = address_of(shared_memory());
   const bool in_place = call.out == call.h;
@@ -99,9 +102,10 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
     if (lane() == 0) barrier_expect(barriers.full(stage), tile.count * K::kSlice * 2);
     sync_warp();
     if (lane() < tile.count)
-      copy_in(stages + (stage * K::kRows + lane()) * K::Stage::kPitch,
-              static_cast<const uint16_t*>(call.h) + row_of(call.rows, tile.first + lane()) * call.h_stride + first_column,
-              K::kSlice * 2, barriers.full(stage));
+      copy_in(
+          stages + (stage * K::kRows + lane()) * K::Stage::kPitch,
+          static_cast<const uint16_t*>(call.h) + row_of(call.rows, tile.first + lane()) * call.h_stride + first_column,
+          K::kSlice * 2, barriers.full(stage));
   };
   for (int j = 0; j < tiles.count && j < K::kStages - 1; ++j) load(j);
   for (int j = 0; j < tiles.count; ++j) {
@@ -158,7 +162,8 @@ BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t se
 // -- compute --
 
 template <class K>
-BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles, const ForwardStreamBarriers<K>& barriers) {
+BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
+                            const ForwardStreamBarriers<K>& barriers) {
   using T = typename K::T;
   constexpr int kBlocks = K::kStrip / kBlockColumns;
   const int strip = warp() * K::kStrip; // first column, within the slice
@@ -231,7 +236,8 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles, c
 }
 
 template <class K>
-BAFT_KERNEL(K::kThreads) forward_stream(const Forward call) {
+BAFT_KERNEL(K::kThreads)
+forward_stream(const Forward call) {
   const ForwardStreamBarriers<K> barriers;
   if (thread() == 0) {
     for (int stage = 0; stage < K::kStages; ++stage) {

@@ -25,8 +25,8 @@ BAFT_BOTH Element left_element(int lane, int q) { return {lane / 4 + q % 2 * 8, 
 // Number `q` of the sums is this element [16 x 8].
 BAFT_BOTH Element sum_element(int lane, int q) { return {lane / 4 + q / 2 * 8, lane % 4 * 2 + q % 2}; }
 
-// A matrix [rows, d] as the right factor of x M^T, x [16, 16 columns]: register `q` of a block holds this element, row of
-// M and column within the block, and its right neighbour. There are rows / 4 registers: for each 8 rows, two.
+// A matrix [rows, d] as the right factor of x M^T, x [16, 16 columns]: register `q` of a block holds this element, row
+// of M and column within the block, and its right neighbour. There are rows / 4 registers: for each 8 rows, two.
 BAFT_BOTH Element projection_element(int lane, int q) { return {q / 2 * 8 + lane / 4, q % 2 * 8 + lane % 4 * 2}; }
 
 // A matrix [rows, d] as the right factor of c M, c [16, rows]: register `q` of a block holds this element and the one

@@ -1,7 +1,7 @@
 // The CUDA kernels' interface: plain structs, raw pointers, neither torch nor CUDA. Pointers are to device memory.
 //
-// Parameters are packed in blocks of 16 columns of d, [sets, d / 16, 32 lanes, rows / 4 words], with ranks padded by zeros
-// to 8, 16 or 32 (fragments.h). The rows of (D, G) lie interleaved, D_k at 2k and G_k at 2k + 1.
+// Parameters are packed in blocks of 16 columns of d, [sets, d / 16, 32 lanes, rows / 4 words], with ranks padded by
+// zeros to 8, 16 or 32 (fragments.h). The rows of (D, G) lie interleaved, D_k at 2k and G_k at 2k + 1.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +21,16 @@ struct Rows {
 
 struct Forward {
   const void* h;
-  void* out;                   // may be h: then rows that aren't edited are not written
+  void* out;                    // may be h: then rows that aren't edited are not written
   int64_t h_stride, out_stride; // elements from row to row, multiples of 8
   Rows rows;
-  int rank;                    // r, before padding
+  int rank; // r, before padding
   Gate gate;
-  const uint32_t* projection;  // (D, G) for x M^T
-  const uint32_t* basis;       // R for c M
-  const float* bias;           // [sets, 2 r], b_k and c_k interleaved like D and G
-  float* weights;              // w [T, r]
-  float* update;               // u [T, r]
+  const uint32_t* projection; // (D, G) for x M^T
+  const uint32_t* basis;      // R for c M
+  const float* bias;          // [sets, 2 r], b_k and c_k interleaved like D and G
+  float* weights;             // w [T, r]
+  float* update;              // u [T, r]
 };
 
 // Parameters as they are trained, float32, and where their packed forms go. Any form may be null.
@@ -53,13 +53,13 @@ struct Backward {
   Rows rows;
   int rank; // r, before padding
   Gate gate;
-  const uint32_t* basis;                    // R for x M^T
-  const uint32_t* projection;               // (D, G) for c M
-  const float *weights, *update;            // w and u [T, r], as the forward pass wrote them
-  const float *grad_weights, *grad_update;  // [T, r], or null
-  float* partial;                           // [slots, 3 padded ranks, d]; null if parameters' gradients aren't wanted
-  float* partial_bias;                      // [slots, parts, 2 padded ranks]; parts as the kernel was compiled for
-  int32_t* slot_sets;                       // [slots]
+  const uint32_t* basis;                   // R for x M^T
+  const uint32_t* projection;              // (D, G) for c M
+  const float *weights, *update;           // w and u [T, r], as the forward pass wrote them
+  const float *grad_weights, *grad_update; // [T, r], or null
+  float* partial;                          // [slots, 3 padded ranks, d]; null if parameters' gradients aren't wanted
+  float* partial_bias;                     // [slots, parts, 2 padded ranks]; parts as the kernel was compiled for
+  int32_t* slot_sets;                      // [slots]
 };
 
 // The sum of the slots of each set: the parameters' gradients [sets, r, d] and [sets, r], float32.

@@ -1,7 +1,7 @@
 // The machine: one function for each instruction that the kernels use beyond C++, and nothing else.
 //
-// tests/emulator/emulator.h has the same functions for a CPU, on which the kernels then run as they stand: lane by lane,
-// with the CTAs of a cluster interleaved at random and copies that arrive at any time.
+// tests/emulator/emulator.h has the same functions for a CPU, on which the kernels then run as they stand: lane by
+// lane, with the CTAs of a cluster interleaved at random and copies that arrive at any time.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int kArchitecture = __CUDA_ARCH__; // that this is compiled for: 900 f
 #else
 constexpr int kArchitecture = 0;
 #endif
-}
+} // namespace baft::cuda
 
 #ifdef BAFT_EMULATED
 #include "emulator.h"
@@ -32,7 +32,9 @@ namespace baft::cuda {
 // -- who am I --
 
 BAFT_DEVICE int thread() { return threadIdx.x; }
-BAFT_DEVICE int warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); } // the same in all lanes, and the compiler knows
+BAFT_DEVICE int warp() {
+  return __shfl_sync(~0u, threadIdx.x / 32, 0);
+} // the same in all lanes, and the compiler knows
 BAFT_DEVICE int lane() { return threadIdx.x % 32; }
 BAFT_DEVICE int block() { return blockIdx.x; }
 BAFT_DEVICE int blocks() { return gridDim.x; }
@@ -70,27 +72,29 @@ BAFT_DEVICE void barrier_expect(Address barrier, int bytes) {
 BAFT_DEVICE void barrier_arrive(Address barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Wait for the end of the phase with this parity: 0 for the first, 1 for the second, and so on in turns. Then what other
-// CTAs sent is seen; and with the local form, what came from this CTA and its copies.
+// Wait for the end of the phase with this parity: 0 for the first, 1 for the second, and so on in turns. Then what
+// other CTAs sent is seen; and with the local form, what came from this CTA and its copies.
 BAFT_DEVICE void barrier_wait_local(Address barrier, int parity) {
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "again_%=:\n"
-               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again_%=;\n"
-               "}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 BAFT_DEVICE void barrier_wait(Address barrier, int parity) {
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "again_%=:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again_%=;\n"
-               "}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // -- copies that run on their own: multiples of 16 bytes, from and to multiples of 16 --
@@ -181,15 +185,17 @@ struct Bfloat16 {
   static BAFT_DEVICE float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   // sums [16 x 8] += a [16 x 16] b [16 x 8], and with half the depth.
   static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
   static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
   }
 };
 
@@ -203,10 +209,11 @@ struct Float16 {
   static BAFT_DEVICE float low(uint32_t word) { return __half2float(__ushort_as_half(word & 0xffff)); }
   static BAFT_DEVICE float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
   static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
   static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

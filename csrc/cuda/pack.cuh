@@ -46,11 +46,14 @@ BAFT_DEVICE uint32_t expansion_word(int64_t index, int rows, int64_t blocks, At 
 
 // Blocks of threads share out the words of one layer; the grid has `share` blocks for each layer.
 template <class T>
-BAFT_KERNEL(kPackThreads) pack(const PackTable table, int share) {
+BAFT_KERNEL(kPackThreads)
+pack(const PackTable table, int share) {
   const Pack& layer = table.layers[block() / share];
   const int64_t blocks = layer.width / kBlockColumns;
   const int rank = layer.padded_rank;
-  const auto projection = [&](int64_t set, int row, int64_t column) { return gated_projection(layer, set, row, column); };
+  const auto projection = [&](int64_t set, int row, int64_t column) {
+    return gated_projection(layer, set, row, column);
+  };
   const auto basis = [&](int64_t set, int row, int64_t column) { return basis_at(layer, set, row, column); };
   const int64_t words = layer.sets * blocks * 32 * (rank / 4), step = static_cast<int64_t>(share) * kPackThreads;
   const int64_t first = static_cast<int64_t>(block() % share) * kPackThreads + thread();

@@ -17,7 +17,8 @@ const char* retract_some(const Basis* bases, int count, float* distances, int it
     bytes = std::max(bytes, typename K::Plan(bases[i].rank, bases[i].width).bytes);
   }
   if (clusters_at_a_time<retract<K>>(K::kCluster, K::kThreads, K::kSharedBytes) == 0) return kCannotRun;
-  return launch_clusters(retract<K>, count, K::kCluster, K::kThreads, bytes, stream, table, distances, iterations, near);
+  return launch_clusters(retract<K>, count, K::kCluster, K::kThreads, bytes, stream, table, distances, iterations,
+                         near);
 }
 
 // Whether each CTA holds all of its slice at a time.
@@ -34,8 +35,10 @@ bool all_fit(const Basis* bases, int count) {
 const char* launch_retract(const Basis* bases, int count, float* distances, int iterations, float near, void* stream) {
   for (int first = 0; first < count; first += kRetractBases) {
     const int some = std::min(count - first, kRetractBases);
-    // Clusters of 4, of which the GPU runs 32 or more at once: the layers of a model. Larger ones for what they can't hold.
-    const auto launch = all_fit<Retraction<4>>(bases + first, some) ? retract_some<Retraction<4>> : retract_some<Retraction<8>>;
+    // Clusters of 4, of which the GPU runs 32 or more at once: the layers of a model. Larger ones for what they can't
+    // hold.
+    const auto launch =
+        all_fit<Retraction<4>>(bases + first, some) ? retract_some<Retraction<4>> : retract_some<Retraction<8>>;
     if (const char* problem = launch(bases + first, some, distances + first, iterations, near, stream)) return problem;
   }
   return nullptr;

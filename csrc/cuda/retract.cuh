@@ -91,7 +91,9 @@ class RetractSlice {
   const int count; // of chunks; 0 where the basis has too few columns for this CTA
 
   BAFT_DEVICE RetractSlice(const Basis& basis, const typename K::Plan& plan)
-      : count((columns_of(plan) + plan.chunk - 1) / plan.chunk), values_(basis.values), plan_(plan),
+      : count((columns_of(plan) + plan.chunk - 1) / plan.chunk),
+        values_(basis.values),
+        plan_(plan),
         by_fours_(reinterpret_cast<uintptr_t>(basis.values) % 16 == 0 && basis.width % 4 == 0) {}
 
   // Bring a chunk into shared memory, if it isn't there. All threads call it.
@@ -163,7 +165,7 @@ BAFT_DEVICE void multiply_rows(float (&sums)[4][4], float (&excess)[4][4], const
     BAFT_UNROLL
     for (int i = 0; i < 4; ++i) left[i] = row(tile.row * 4 + i)[four], right[i] = row(tile.column * 4 + i)[four];
     BAFT_UNROLL
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
       BAFT_UNROLL
       for (int j = 0; j < 4; ++j) {
         float of_four = left[i].x * right[j].x;
@@ -172,6 +174,7 @@ BAFT_DEVICE void multiply_rows(float (&sums)[4][4], float (&excess)[4][4], const
         excess[i][j] = (sum - sums[i][j]) - wanted;
         sums[i][j] = sum;
       }
+    }
   }
 }
 
@@ -259,23 +262,27 @@ struct RootTile {
       rows[i] = reinterpret_cast<const float4*>(left + (at.row + i * (order / 2)) * (order + 4));
       columns[i] = reinterpret_cast<const float4*>(right + (at.column + i * (order / 2)) * (order + 4));
     }
-    for (int first = 0; first < order / 4; first += 4)
+    for (int first = 0; first < order / 4; first += 4) {
       BAFT_UNROLL
-      for (int four = first; four < first + 4; ++four)
+      for (int four = first; four < first + 4; ++four) {
         BAFT_UNROLL
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2; ++i) {
           BAFT_UNROLL
           for (int j = 0; j < 2; ++j) {
             const float4 a = rows[i][four], b = columns[j][four];
             sums[i][j] += a.x * b.x, sums[i][j] += a.y * b.y, sums[i][j] += a.z * b.z, sums[i][j] += a.w * b.w;
           }
+        }
+      }
+    }
   }
 
   BAFT_DEVICE void store(float* matrix, const float (&values)[2][2]) const {
     BAFT_UNROLL
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
       BAFT_UNROLL
       for (int j = 0; j < 2; ++j) matrix[place(i, j)] = values[i][j], matrix[mirrored(i, j)] = values[i][j];
+    }
   }
 
   // step = -((I + inverse) (I + root) - I) / 2
@@ -283,9 +290,10 @@ struct RootTile {
     float sums[2][2] = {};
     multiply(sums, inverse, root);
     BAFT_UNROLL
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
       BAFT_UNROLL
       for (int j = 0; j < 2; ++j) sums[i][j] = -0.5f * (sums[i][j] + (inverse[place(i, j)] + root[place(i, j)]));
+    }
     store(step, sums);
   }
   // to = (I + from) (I + step) - I
@@ -293,9 +301,10 @@ struct RootTile {
     float sums[2][2] = {};
     multiply(sums, from, step);
     BAFT_UNROLL
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
       BAFT_UNROLL
       for (int j = 0; j < 2; ++j) sums[i][j] = from[place(i, j)] + (step[place(i, j)] + sums[i][j]);
+    }
     store(to, sums);
   }
 };
@@ -364,7 +373,8 @@ BAFT_DEVICE void move_slice(RetractSlice<K>& slice, const typename K::Plan& plan
 // One cluster for each basis. `distances` gets ||R R^T - I||_F of each as it was; where that isn't at most `near`, the
 // basis stays as it is: the iteration needn't converge there.
 template <class K>
-BAFT_KERNEL_SHARING(K::kThreads, 2) retract(const RetractTable table, float* distances, int iterations, float near) {
+BAFT_KERNEL_SHARING(K::kThreads, 2)
+retract(const RetractTable table, float* distances, int iterations, float near) {
   const int number = block() / K::kCluster;
   const Basis& basis = table.bases[number];
   const typename K::Plan plan(basis.rank, basis.width);

@@ -8,8 +8,8 @@
 
 namespace baft::cuda {
 
-// Rows of `kSlice` numbers of 16 bits in shared memory. Each begins 16 bytes, or 4 banks, after the one before it: eight
-// rows of a matrix, or a row of each of eight lanes, then lie in different banks.
+// Rows of `kSlice` numbers of 16 bits in shared memory. Each begins 16 bytes, or 4 banks, after the one before it:
+// eight rows of a matrix, or a row of each of eight lanes, then lie in different banks.
 template <int kSlice>
 struct StagedRows {
   static constexpr int kPitch = kSlice * 2 + 16;
@@ -32,8 +32,10 @@ struct PartialSums {
     BAFT_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
       const Element upper = sum_element(lane(), 0), lower = sum_element(lane(), 2);
-      *reinterpret_cast<float2*>(mine + upper.row * kPitch + n * 8 + upper.column) = make_float2(sums[n][0], sums[n][1]);
-      *reinterpret_cast<float2*>(mine + lower.row * kPitch + n * 8 + lower.column) = make_float2(sums[n][2], sums[n][3]);
+      *reinterpret_cast<float2*>(mine + upper.row * kPitch + n * 8 + upper.column) =
+          make_float2(sums[n][0], sums[n][1]);
+      *reinterpret_cast<float2*>(mine + lower.row * kPitch + n * 8 + lower.column) =
+          make_float2(sums[n][2], sums[n][3]);
     }
   }
 
@@ -86,8 +88,9 @@ BAFT_DEVICE uint32_t pack_saturated(float low, float high) {
   return T::pack(bounded(low), bounded(high));
 }
 
-// rows += c M in place, for 16 rows from `row` of a tile on and the columns of `kBlocks` blocks; rows that aren't edited
-// keep their bits. `coefficients` is [*, kCoefficients], `columns` points to the first column of the tile's first row.
+// rows += c M in place, for 16 rows from `row` of a tile on and the columns of `kBlocks` blocks; rows that aren't
+// edited keep their bits. `coefficients` is [*, kCoefficients], `columns` points to the first column of the tile's
+// first row.
 template <class T, int kCoefficients, int kBlocks>
 BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, const uint16_t* coefficients,
                                const Fragments<kCoefficients> (&matrix)[kBlocks], unsigned char* columns, int pitch) {
@@ -99,10 +102,10 @@ BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, cons
   };
   uint32_t left[kDepths ? kDepths : 1][kDepths ? 4 : 2];
   BAFT_UNROLL
-  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth)
+  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth) {
     BAFT_UNROLL
     for (int q = 0; q < (kDepths ? 4 : 2); ++q) left[depth][q] = left_word(q, depth);
-
+  }
   const Element upper = sum_element(lane(), 0), lower = sum_element(lane(), 2);
   const auto writes = [&](int in_tile) {
     return !rows.mask || (in_tile < tile.count && is_edited(rows, row_of(rows, tile.first + in_tile)));
@@ -151,7 +154,8 @@ BAFT_DEVICE float4 load_bias(const Forward& call, int64_t set, int k) {
 template <int kPairs>
 BAFT_DEVICE float2 gates(const Forward& call, int k, float z, float next_z) {
   if (call.gate == Gate::none) return make_float2(1.0f, 1.0f);
-  if (call.gate == Gate::sigmoid) return make_float2(1.0f / (1.0f + exponential(-z)), 1.0f / (1.0f + exponential(-next_z)));
+  if (call.gate == Gate::sigmoid)
+    return make_float2(1.0f / (1.0f + exponential(-z)), 1.0f / (1.0f + exponential(-next_z)));
   const bool first = k < call.rank, second = k + 1 < call.rank;
   float largest = first ? (second && next_z > z ? next_z : z) : -3.4e38f;
   BAFT_UNROLL

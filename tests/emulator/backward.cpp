@@ -18,13 +18,13 @@ struct Streamed {
 
 extern "C" {
 
-#define BAFT_SHAPES(DO)                                   \
-  DO(0, BackwardStream<Bfloat16, 2, 2, 32, 8, 32, 2>)     \
-  DO(1, BackwardStream<Bfloat16, 4, 2, 32, 16, 16, 3>)    \
-  DO(2, BackwardStream<Float16, 8, 4, 16, 16, 16, 2>)     \
-  DO(3, BackwardStream<Float16, 1, 4, 32, 8, 16, 2>)      \
-  DO(4, BackwardStream<Float16, 4, 2, 32, 32, 16, 2>)     \
-  DO(5, BackwardStream<Bfloat16, 4, 5, 64, 32, 16, 2>)     \
+#define BAFT_SHAPES(DO)                                \
+  DO(0, BackwardStream<Bfloat16, 2, 2, 32, 8, 32, 2>)  \
+  DO(1, BackwardStream<Bfloat16, 4, 2, 32, 16, 16, 3>) \
+  DO(2, BackwardStream<Float16, 8, 4, 16, 16, 16, 2>)  \
+  DO(3, BackwardStream<Float16, 1, 4, 32, 8, 16, 2>)   \
+  DO(4, BackwardStream<Float16, 4, 2, 32, 32, 16, 2>)  \
+  DO(5, BackwardStream<Bfloat16, 4, 5, 64, 32, 16, 2>) \
   DO(6, BackwardStream<Bfloat16, 8, 8, 64, 16, 32, 2>)
 
 const char* emulate_backward_stream(const Backward* call, int shape, int clusters, uint64_t seed) {

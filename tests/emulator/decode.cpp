@@ -19,12 +19,12 @@ struct Decoded {
 
 extern "C" {
 
-#define BAFT_SHAPES(DO)                              \
-  DO(0, ForwardDecode<Bfloat16, 1, 4, 16, 8, 8>)     \
-  DO(1, ForwardDecode<Bfloat16, 4, 2, 32, 16, 8>)    \
-  DO(2, ForwardDecode<Float16, 2, 5, 32, 32, 8>)     \
-  DO(3, ForwardDecode<Float16, 8, 4, 16, 16, 16>)    \
-  DO(4, ForwardDecode<Bfloat16, 1, 8, 16, 32, 16>)   \
+#define BAFT_SHAPES(DO)                            \
+  DO(0, ForwardDecode<Bfloat16, 1, 4, 16, 8, 8>)   \
+  DO(1, ForwardDecode<Bfloat16, 4, 2, 32, 16, 8>)  \
+  DO(2, ForwardDecode<Float16, 2, 5, 32, 32, 8>)   \
+  DO(3, ForwardDecode<Float16, 8, 4, 16, 16, 16>)  \
+  DO(4, ForwardDecode<Bfloat16, 1, 8, 16, 32, 16>) \
   DO(5, ForwardDecode<Bfloat16, 8, 8, 64, 16, 8>)
 
 const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows, uint64_t seed) {
@@ -42,12 +42,12 @@ const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows
 // Width, padded rank, dtype, and most rows of a tile, of a shape.
 int forward_decode_shape(int shape, int* width, int* rank, int* dtype, int* rows) {
   switch (shape) {
-#define BAFT_CASE(NUMBER, ...)                                        \
-  case NUMBER:                                                        \
-    *width = __VA_ARGS__::kWidth;                                     \
-    *rank = __VA_ARGS__::kRank;                                       \
-    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>;                 \
-    *rows = __VA_ARGS__::kRows;                                       \
+#define BAFT_CASE(NUMBER, ...)                        \
+  case NUMBER:                                        \
+    *width = __VA_ARGS__::kWidth;                     \
+    *rank = __VA_ARGS__::kRank;                       \
+    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>; \
+    *rows = __VA_ARGS__::kRows;                       \
     return 1;
     BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE

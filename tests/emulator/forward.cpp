@@ -31,11 +31,11 @@ const char* emulate_pack(const Pack* layer, int dtype, uint64_t seed) {
   });
 }
 
-#define BAFT_SHAPES(DO)                                  \
-  DO(0, ForwardStream<Bfloat16, 2, 2, 32, 8, 16, 2>)     \
-  DO(1, ForwardStream<Bfloat16, 4, 2, 32, 16, 16, 3>)    \
-  DO(2, ForwardStream<Float16, 8, 4, 16, 16, 32, 2>)     \
-  DO(3, ForwardStream<Float16, 1, 8, 16, 32, 16, 2>)     \
+#define BAFT_SHAPES(DO)                               \
+  DO(0, ForwardStream<Bfloat16, 2, 2, 32, 8, 16, 2>)  \
+  DO(1, ForwardStream<Bfloat16, 4, 2, 32, 16, 16, 3>) \
+  DO(2, ForwardStream<Float16, 8, 4, 16, 16, 32, 2>)  \
+  DO(3, ForwardStream<Float16, 1, 8, 16, 32, 16, 2>)  \
   DO(4, ForwardStream<Bfloat16, 4, 16, 64, 16, 16, 4>)
 
 const char* emulate_forward_stream(const Forward* call, int shape, int clusters, uint64_t seed) {
@@ -53,11 +53,11 @@ const char* emulate_forward_stream(const Forward* call, int shape, int clusters,
 // Width, padded rank and dtype of a shape.
 int forward_stream_shape(int shape, int* width, int* rank, int* dtype) {
   switch (shape) {
-#define BAFT_CASE(NUMBER, ...)                                        \
-  case NUMBER:                                                        \
-    *width = __VA_ARGS__::kWidth;                                     \
-    *rank = __VA_ARGS__::kRank;                                       \
-    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>;                 \
+#define BAFT_CASE(NUMBER, ...)                        \
+  case NUMBER:                                        \
+    *width = __VA_ARGS__::kWidth;                     \
+    *rank = __VA_ARGS__::kRank;                       \
+    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>; \
     return 1;
     BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE

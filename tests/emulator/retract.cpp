@@ -1,6 +1,7 @@
 // The retraction kernel for the emulator, as functions that Python calls.
-#include "reported.h"
 #include "retract.cuh"
+
+#include "reported.h"
 
 using namespace baft::cuda;
 
