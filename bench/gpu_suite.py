@@ -143,6 +143,8 @@ def _environment() -> dict[str, str]:
     """For commands: this checkout's packages, output as it comes, and a build that fails if it can't be made."""
     folders = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "200", "BAFT_BUILD_CPU": "1"}
+    if shutil.which("nvcc"):
+        settings["BAFT_BUILD_CUDA"] = "1"
     return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(folders)}
 
 
@@ -172,7 +174,7 @@ def machine(stage: Stage) -> str:
 
 
 def build(stage: Stage) -> str:
-    """The C++ kernels, in place; what hasn't changed isn't compiled again."""
+    """The C++ and CUDA kernels, in place; what hasn't changed isn't compiled again."""
     stage.run(PYTHON, "setup.py", "build_ext", "--inplace")
     return "built in place"
 
@@ -287,8 +289,8 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("machine", 15, machine),
-    Step("build", 30, build, ("setuptools",)),
-    Step("correctness", 160, correctness, ("pytest",)),
+    Step("build", 75, build, ("setuptools",)),
+    Step("correctness", 180, correctness, ("pytest",)),
     Step("calls", 40, calls),
     Step("memcheck", 30, partial(sanitizer, "memcheck")),
     Step("synccheck", 25, partial(sanitizer, "synccheck")),
