@@ -5,6 +5,7 @@ The kernels' source is the one that nvcc compiles. Every lane of every warp of a
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import shutil
@@ -143,15 +144,18 @@ class EmulatedParameters(NamedTuple):
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
     """tests/emulator/NAME.cpp, built once in a process, in a few seconds."""
-    folder = Path(tempfile.mkdtemp(prefix="baft-emulator-"))
-    try:
-        built = folder / "kernels.so"
-        folders = [f"-I{ROOT / 'tests/emulator'}", f"-I{ROOT / 'csrc/cuda'}"]
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DBAFT_EMULATED", *folders]
-        subprocess.run([*command, str(ROOT / f"tests/emulator/{name}.cpp"), "-o", str(built)], check=True)
-        return ctypes.CDLL(str(built))
-    finally:
-        shutil.rmtree(folder)
+    return ctypes.CDLL(built(name))
+
+
+def built(name: str, *options: str) -> str:
+    """The path of tests/emulator/NAME.cpp as a shared library, which lasts as long as this process."""
+    folder = tempfile.mkdtemp(prefix="baft-emulator-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = f"{folder}/{name}.so"
+    folders = [f"-I{ROOT / 'tests/emulator'}", f"-I{ROOT / 'csrc/cuda'}"]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DBAFT_EMULATED", *folders]
+    subprocess.run([*command, str(ROOT / f"tests/emulator/{name}.cpp"), "-o", path, *options], check=True)
+    return path
 
 
 def run(function: Any, *arguments: Any) -> None:

@@ -1,13 +1,16 @@
-"""The CUDA backend behind the public functions, with its operators on the emulated GPU: it passes on the right things.
+"""The CUDA backend behind the public functions, bindings and all, on the emulated GPU: it passes on the right things.
 
 What the kernels compute is the subject of test_cuda_forward, _decode, _backward and _retraction.
 """
 
 from __future__ import annotations
 
-import ctypes
+import re
 import shutil
-from collections.abc import Iterator
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from sysconfig import get_paths
 from typing import Any
 
 import pytest
@@ -35,11 +38,7 @@ if shutil.which("g++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 import cuda_emulation as emulation  # after it is known that it can be built
-from test_cuda_retraction import Basis
 
-CLUSTERS = 2
-FORWARD = {(s.width, s.rank, s.dtype): s for s in emulation.shapes()}
-BACKWARD = {(s.width, s.rank, s.dtype): s for s in emulation.backward_shapes()}
 # Width, rank before padding, dtype.
 SHAPES = [(128, 5, torch.bfloat16), (256, 12, torch.bfloat16), (512, 16, torch.float16)]
 POSITIONS = {
@@ -52,119 +51,33 @@ every_shape = pytest.mark.parametrize(("d", "r", "dtype"), SHAPES)
 every_choice = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 
 
-# -- the operators, emulated: what csrc/cuda_bindings.cpp does with tensors --
+@pytest.fixture(scope="module")
+def bindings() -> Any:
+    """csrc/cuda_bindings.cpp, its operators registered for CPU tensors: what they launch runs on the emulated GPU."""
+    loader = ExtensionFileLoader("_cuda", emulation.built("bindings", *torch_flags()))
+    module = module_from_spec(spec_from_loader("_cuda", loader))
+    loader.exec_module(module)
+    return module
 
 
-class Library:
-    """What the compiled module tells, of the shapes that are emulated."""
-
-    @staticmethod
-    def padded_rank(rank: int) -> int:
-        return next((padded for padded in (8, 16, 32) if rank <= padded), 0)
-
-    @classmethod
-    def has_kernels(cls, width: int, rank: int, _: int) -> bool:
-        return any((width, cls.padded_rank(rank), dtype) in BACKWARD for dtype in emulation.DTYPES)
-
-    @classmethod
-    def backward_slots(cls, width: int, rank: int, half: bool, sequences: int, length: int) -> tuple[int, int]:
-        shape = BACKWARD[width, cls.padded_rank(rank), emulation.DTYPES[half]]
-        return sequences + CLUSTERS, shape.parts
-
-
-def pointers(*tensors: Tensor | None) -> Iterator[int | None]:
-    for tensor in tensors:
-        assert tensor is None or tensor.is_contiguous()
-        yield emulation.pointer(tensor)
-
-
-def rows_of(chosen: tuple[Tensor | None, ...], total: int) -> emulation.Rows:
-    listed, _, adapters = chosen
-    sequences = 1 if adapters is None else adapters.numel()
-    return emulation.Rows(*pointers(*chosen), sequences, (total if listed is None else listed.numel()) // sequences)
-
-
-def check_matrix(x: Tensor) -> None:
-    assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-
-
-def emulated_forward(h: Tensor, out: Tensor, weights: Tensor, update: Tensor, *rest: Any) -> None:
-    *chosen, projection, basis, bias, gate = rest
-    for matrix in (h, out):
-        check_matrix(matrix)
-    call = emulation.Forward(
-        h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), rows_of(tuple(chosen), h.shape[0]),
-        update.shape[1], gate, *pointers(projection, basis, bias, weights, update),
-    )  # fmt: skip
-    shape = FORWARD[h.shape[1], Library.padded_rank(update.shape[1]), h.dtype]
-    run = emulation.library("forward").emulate_forward_stream
-    emulation.run(run, ctypes.byref(call), shape.number, CLUSTERS, ctypes.c_uint64(0))
-
-
-def emulated_backward(
-    grad_out: Tensor,
-    grad_weights: Tensor | None,
-    grad_update: Tensor | None,
-    h: Tensor,
-    weights: Tensor,
-    update: Tensor,
-    *rest: Any,
-) -> None:
-    listed, mask, adapters, basis, projection, gate, grad_input, partial, partial_bias, slot_sets, _ = rest
-    for matrix in (grad_out, h, *([] if grad_input is None else [grad_input])):
-        check_matrix(matrix)
-    call = emulation.Backward(
-        grad_out.data_ptr(), h.data_ptr(), emulation.pointer(grad_input), grad_out.stride(0), h.stride(0),
-        0 if grad_input is None else grad_input.stride(0), rows_of((listed, mask, adapters), h.shape[0]),
-        update.shape[1], gate,
-        *pointers(basis, projection, weights, update, grad_weights, grad_update, partial, partial_bias, slot_sets),
-    )  # fmt: skip
-    shape = BACKWARD[h.shape[1], Library.padded_rank(update.shape[1]), h.dtype]
-    run = emulation.library("backward").emulate_backward_stream
-    emulation.run(run, ctypes.byref(call), shape.number, CLUSTERS, ctypes.c_uint64(0))
-
-
-def emulated_reduce(partial: Tensor, partial_bias: Tensor, slot_sets: Tensor, *gradients: Any) -> None:
-    sets, rank, width = gradients[0].shape
-    padded, slots = Library.padded_rank(rank), slot_sets.numel()
-    call = emulation.BackwardReduce(
-        *pointers(partial, partial_bias, slot_sets), slots, partial_bias.numel() // (slots * 2 * padded),
-        sets, rank, padded, width, *pointers(*gradients),
-    )  # fmt: skip
-    emulation.run(emulation.library("backward").emulate_backward_reduce, ctypes.byref(call), ctypes.c_uint64(0))
-
-
-def emulated_pack(*arguments: Any) -> None:
-    *tensors, half = arguments
-    parameters, to = tensors[:5], tensors[5:]
-    sets, rank, width = parameters[0].shape
-    layer = emulation.Pack(
-        *pointers(*parameters), sets, rank, width, Library.padded_rank(rank), *pointers(*to)
-    )  # fmt: skip
-    emulation.run(emulation.library("forward").emulate_pack, ctypes.byref(layer), int(half), ctypes.c_uint64(0))
-
-
-def emulated_retract(bases: list[Tensor], distances: Tensor, iterations: int, near: float) -> None:
-    table = (Basis * len(bases))(*(Basis(basis.data_ptr(), *basis.shape) for basis in bases))
-    arguments = (ctypes.c_void_p(distances.data_ptr()), iterations, ctypes.c_float(near), 0, ctypes.c_uint64(0))
-    emulation.run(emulation.library("retract").emulate_retract, table, len(bases), *arguments)
-
-
-OPERATORS = {
-    "cuda_forward": emulated_forward,
-    "cuda_backward": emulated_backward,
-    "cuda_backward_reduce": emulated_reduce,
-    "cuda_retract": emulated_retract,
-    "cuda_pack": emulated_pack,
-}
-_emulated = torch.library.Library("baft_kernels", "IMPL")
-for _name, _function in OPERATORS.items():
-    _emulated.impl(_name, _function, "CPU")
+def torch_flags() -> list[str]:
+    """As setup.py compiles the bindings."""
+    torch_folder = Path(torch.__file__).parent
+    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", get_paths()["include"]]
+    versions = dict(re.findall(r'^(\w+_TARGET_VERSION) = "(\w+)"$', (emulation.ROOT / "setup.py").read_text(), re.M))
+    return [
+        *(f"-isystem{folder}" for folder in headers),
+        f"-DTORCH_TARGET_VERSION={versions['TORCH_TARGET_VERSION']}",
+        f"-DPy_LIMITED_API={versions['PYTHON_TARGET_VERSION']}",
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
 
 
 @pytest.fixture(autouse=True)
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_LIBRARY", Library)
+def emulated_gpu(bindings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_LIBRARY", bindings)
     monkeypatch.setattr(cuda, "_runs_on", lambda device: None)
     monkeypatch.setattr(cuda, "_architecture", lambda device: 900)
     monkeypatch.setattr(cuda.CudaBackend, "why_unusable", lambda self: None)
