@@ -29,8 +29,8 @@ def collect() -> dict[str, Any]:
             was built with (None for none).
         cpu: the instruction set that torch uses.
         gpus: the names of the GPUs that torch sees.
-        backends: for each known backend, whether it is usable, the reason if it isn't, and why ``"auto"`` passes over
-            one that is (``unproven``).
+        backends: for each known backend, whether it is usable, the reason if it isn't, which calls it serves, and why
+            ``"auto"`` passes over it though it is usable (``unproven``).
         auto: the backend that ``"auto"`` chooses on each kind of device that is here, for a bfloat16 h of width 4096
             and 16 bases; None with a reason if ``BAFT_BACKEND`` asks for one that can't serve.
         environment: each variable of ``ENVIRONMENT_VARIABLES`` with its value, None for unset.
@@ -53,8 +53,9 @@ def collect() -> dict[str, Any]:
 
 def _state(backend: str) -> dict[str, Any]:
     reason = why_unusable(backend)
-    unproven = FUSED[backend].unproven if backend in FUSED else None
-    return {"usable": reason is None, "reason": reason, "unproven": unproven}
+    fused = FUSED.get(backend)
+    serves, unproven = ("everything", None) if fused is None else (fused.serves, fused.unproven)
+    return {"usable": reason is None, "reason": reason, "serves": serves, "unproven": unproven}
 
 
 def _choice(device: str) -> dict[str, str | None]:
@@ -71,7 +72,8 @@ def render(report: dict[str, Any]) -> str:
     lines["cpu"] = report["cpu"]
     lines["gpus"] = ", ".join(report["gpus"]) or "none"
     for name, backend in report["backends"].items():
-        lines[f"backend {name}"] = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
+        state = f"serves {backend['serves']}" if backend["usable"] else f"not usable: {backend['reason']}"
+        lines[f"backend {name}"] = state
         if backend["usable"] and backend["unproven"]:
             lines[f"backend {name}"] += f'; not chosen by "auto": {backend["unproven"]}'
     for device, auto in report["auto"].items():

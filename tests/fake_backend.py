@@ -12,6 +12,8 @@ from baft_kernels.reference import baft_reference
 
 
 class FakeBackend(Backend):
+    serves = "whatever a test wants"
+
     def __init__(self, name: str, served: list[str], *, unusable: str | None = None, unfit: str | None = None) -> None:
         self.name = name
         self.served = served

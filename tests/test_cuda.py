@@ -225,6 +225,20 @@ def test_bases_near_and_far_are_retracted() -> None:
 # -- what it can't serve --
 
 
+def test_info_names_the_shapes_that_are_compiled() -> None:
+    table = (emulation.ROOT / "csrc/cuda/instances.h").read_text()
+    highest: dict[int, int] = {}
+    for name in ("FORWARD_DECODE", "FORWARD_STREAM", "BACKWARD_STREAM"):
+        lines = table.partition(f"#define BAFT_{name}(DO)")[2].partition("\n\n")[0]
+        ranks: dict[int, int] = {}
+        for width, rank in re.findall(r"DO\((\d+), (\d+),", lines):
+            ranks[int(width)] = max(int(rank), ranks.get(int(width), 0))
+        highest = ranks if not highest else {d: min(r, highest[d]) for d, r in ranks.items()}
+    by_rank = {rank: ", ".join(str(d) for d, r in highest.items() if r == rank) for rank in (32, 16, 8)}
+    said = cuda.CudaBackend.serves
+    assert f"r up to 32 at d = {by_rank[32]}, up to 16 at {by_rank[16]}, up to 8 at {by_rank[8]};" in said
+
+
 @pytest.mark.parametrize(
     ("h", "rank", "says"),
     [

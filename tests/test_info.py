@@ -56,7 +56,7 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_is_usable_exactly_if_naming_it_works() -> None:
     backends = info.collect()["backends"]
     assert list(backends) == list(KNOWN_BACKENDS)
-    assert backends["reference"] == {"usable": True, "reason": None, "unproven": None}
+    assert backends["reference"] == {"usable": True, "reason": None, "serves": "everything", "unproven": None}
     for name, backend in backends.items():
         if backend["usable"]:
             assert resolve_backend(name) == name
@@ -80,7 +80,11 @@ def test_auto_passes_over_what_is_unproven_and_says_so(monkeypatch: pytest.Monke
     monkeypatch.setitem(FUSED, "triton", fake)
     report = info.collect()
     assert report["auto"]["cpu"]["backend"] == "reference"
-    assert re.search(r'^backend triton +usable; not chosen by "auto": it never ran$', info.render(report), re.MULTILINE)
+    assert re.search(
+        r'^backend triton +serves whatever a test wants; not chosen by "auto": it never ran$',
+        info.render(report),
+        re.MULTILINE,
+    )
     assert resolve_backend("triton", torch.ones(1, 1)) == "triton"
 
 
@@ -112,8 +116,8 @@ def test_text_has_a_line_for_each_entry() -> None:
         "cpu": "AVX2",
         "gpus": [],
         "backends": {
-            "reference": {"usable": True, "reason": None, "unproven": None},
-            "cuda": {"usable": False, "reason": "no GPU", "unproven": None},
+            "reference": {"usable": True, "reason": None, "serves": "everything", "unproven": None},
+            "cuda": {"usable": False, "reason": "no GPU", "serves": "some", "unproven": None},
         },
         "auto": {"cpu": {"backend": "reference", "reason": None}},
         "environment": {"BAFT_BACKEND": None, "BAFT_CHECK_FINITE": "1"},
@@ -123,7 +127,7 @@ def test_text_has_a_line_for_each_entry() -> None:
         "cuda               none",
         "cpu                AVX2",
         "gpus               none",
-        "backend reference  usable",
+        "backend reference  serves everything",
         "backend cuda       not usable: no GPU",
         "auto on cpu        reference",
         "BAFT_BACKEND       not set",

@@ -124,6 +124,7 @@ class CpuBackend(Backend):
     """Serves float32, bfloat16 and float16 on the CPU; sums in float32, whatever the dtype."""
 
     name = "cpu"
+    serves = "float32, bfloat16 and float16 on the CPU, any d and r"
 
     def why_unusable(self) -> str | None:
         return _PROBLEM

@@ -141,6 +141,10 @@ class CudaBackend(Backend):
     """Serves bfloat16 and float16 on NVIDIA GPUs from sm_90 on, for the widths and ranks of csrc/cuda/instances.h."""
 
     name = "cuda"
+    serves = (
+        "bfloat16 and float16 on NVIDIA GPUs from sm_90 on, r up to 32 at d = 768, 1024, 2048, 2560, 3072, 3584, 4096,"
+        " up to 16 at 5120, up to 8 at 8192; triton serves the rest"
+    )
     unproven = "its kernels have run on an emulated GPU and through nvcc, but not yet on a GPU"
 
     def why_unusable(self) -> str | None:

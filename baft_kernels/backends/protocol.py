@@ -16,6 +16,8 @@ class Backend(ABC):
     """Fused kernels for some device. All tensors are flat; ``rows`` and ``adapters`` are as in ``baft_kernels.ops``."""
 
     name: str
+    serves: str
+    """Which calls it serves, in words: for ``baft_kernels.info``."""
     unproven: str | None = None
     """Why ``"auto"`` passes it over even where it is usable; None once its tests have passed on its hardware."""
 

@@ -22,6 +22,7 @@ class TritonBackend(Backend):
     """Serves float32, bfloat16 and float16 on NVIDIA GPUs; ranks above ``MAX_RANK`` by plain torch."""
 
     name = "triton"
+    serves = "float32, bfloat16 and float16 on NVIDIA GPUs, any d, r up to 128 by kernels and above by plain torch"
     unproven = "its kernels have run in Triton's interpreter and through its compiler, but not yet on a GPU"
 
     def why_unusable(self) -> str | None:
