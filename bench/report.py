@@ -47,7 +47,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
     """A table, its first row the header, and a line that says where it comes from."""
     header, *body = rows
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in [header, ["---"] * len(header), *body]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     where = (
         f"commit {about['commit']}, {about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
     )

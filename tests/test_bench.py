@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import roofline  # after the folder of the benchmarks is known
-from report import provenance
+from report import markdown, provenance
 from timing import Spread, interleaved
 from variants import RIVALS, Case
 
@@ -68,3 +68,8 @@ def test_a_figure_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_
     assert about["commit"] == "abc123"
     assert about["device"]
     assert about["versions"]["torch"] == torch.__version__
+
+
+def test_a_bar_in_a_cell_ends_no_column() -> None:
+    about = {"commit": "c", "device": "d", "threads": 1, "versions": {"torch": "2"}, "command": "x", "date": "today"}
+    assert markdown([["|R|", "b"], ["1", "2"]], about).splitlines()[0] == r"| \|R\| | b |"
