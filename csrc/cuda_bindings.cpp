@@ -194,7 +194,7 @@ void retract(const std::vector<Tensor>& bases, const Tensor& distances, int64_t 
 void pack(const Tensor& basis, const Tensor& source, const Tensor& source_bias, const std::optional<Tensor>& gate,
           const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& forward_projection,
           const std::optional<Tensor>& forward_basis, const std::optional<Tensor>& backward_basis,
-          const std::optional<Tensor>& backward_projection, const Tensor& bias, bool half) {
+          const std::optional<Tensor>& backward_projection, const std::optional<Tensor>& bias, bool half) {
   STD_TORCH_CHECK(basis.dim() == 3, "expected parameter sets [N, r, d]");
   const int64_t sets = basis.size(0), rank = basis.size(1), width = basis.size(2), count = sets * rank * width;
   baft::cuda::Pack layer{};
@@ -257,6 +257,6 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, method
 
 PyMODINIT_FUNC PyInit__cuda() {
   PyObject* made = PyModule_Create(&module);
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 1); // see cpu_bindings.cpp
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 2); // see cpu_bindings.cpp
   return made;
 }

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from near_bases import distance_of, near_bases
 from torch import Tensor
 
-from baft_kernels import orthonormal_basis, retract_
+from baft_kernels import retract_
 from baft_kernels.stiefel import ITERATIONS, NEAR
 
 if shutil.which("g++") is None:
@@ -42,23 +43,6 @@ def retract(bases: Sequence[Tensor], cluster: int = 0, *, seed: int = 0) -> Tens
     return distances
 
 
-def near_bases(distance: float, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[Tensor]:
-    """One basis of each shape with ||R R^T - I||_F = ``distance``, but for the rounding."""
-    bases = []
-    for r, d in shapes:
-        drawn = torch.randn(r, r, dtype=torch.float64)
-        error = drawn + drawn.mT
-        values, vectors = torch.linalg.eigh(torch.eye(r) + distance / error.norm() * error)
-        root = (vectors * values.sqrt()) @ vectors.mT
-        bases.append((root @ orthonormal_basis(r, d, dtype=torch.float64)).float())
-    return bases
-
-
-def distance_of(basis: Tensor) -> float:
-    exact = basis.double()
-    return float((exact @ exact.mT - torch.eye(len(exact), dtype=torch.float64)).norm())
-
-
 def copies(bases: Sequence[Tensor]) -> list[Tensor]:
     return [basis.clone() for basis in bases]
 
@@ -81,7 +65,7 @@ def test_near_bases_go_to_their_polar_factors(distance: float, cluster: int) -> 
 
 
 def test_far_ones_are_reported_and_left_alone() -> None:
-    bases = near_bases(0.1)
+    bases = near_bases(0.1, SHAPES)
     bases[1] *= 2
     bases[3][0, 0] = torch.nan
     bases[4][1] = bases[4][0]
@@ -111,7 +95,7 @@ def test_nothing_beside_a_basis_is_written(cluster: int) -> None:
 
 @every_cluster
 def test_every_order_of_events_gives_the_same_bits(cluster: int) -> None:
-    bases = near_bases(0.1)
+    bases = near_bases(0.1, SHAPES)
     first = copies(bases)
     distances = retract(first, cluster, seed=1)
     for seed in range(2, 6):
@@ -121,7 +105,7 @@ def test_every_order_of_events_gives_the_same_bits(cluster: int) -> None:
 
 
 def test_a_basis_does_not_depend_on_its_company() -> None:
-    bases = near_bases(0.1)
+    bases = near_bases(0.1, SHAPES)
     together = copies(bases)
     distances = retract(together)
     for i, basis in enumerate(bases):

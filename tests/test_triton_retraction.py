@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from near_bases import distance_of, near_bases
 from torch import Tensor
 from triton_here import DEVICE, backend
 
-from baft_kernels import orthonormal_basis, retract_
+from baft_kernels import retract_
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = ((1, 1), (1, 130), (3, 20), (12, 96), (16, 384), (33, 130))
 
 
-def near_bases(distance: float) -> list[Tensor]:
-    """One basis of each shape with ||R R^T - I||_F = ``distance``, but for the rounding."""
-    bases = []
-    for r, d in SHAPES:
-        drawn = torch.randn(r, r, dtype=torch.float64)
-        error = drawn + drawn.mT
-        values, vectors = torch.linalg.eigh(torch.eye(r) + distance / error.norm() * error)
-        root = (vectors * values.sqrt()) @ vectors.mT
-        bases.append((root @ orthonormal_basis(r, d, dtype=torch.float64)).float().to(DEVICE))
-    return bases
-
-
-def distance_of(basis: Tensor) -> float:
-    exact = basis.cpu().double()
-    return float((exact @ exact.mT - torch.eye(len(exact), dtype=torch.float64)).norm())
+def drawn(distance: float) -> list[Tensor]:
+    return [basis.to(DEVICE) for basis in near_bases(distance, SHAPES)]
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 0.03, 0.3])
 def test_near_bases_go_to_their_polar_factors(distance: float) -> None:
-    bases = near_bases(distance)
+    bases = drawn(distance)
     before = [basis.clone() for basis in bases]
     distances = backend.retract(bases)
     for basis, old, found in zip(bases, before, distances.tolist(), strict=True):
@@ -44,7 +32,7 @@ def test_near_bases_go_to_their_polar_factors(distance: float) -> None:
 
 
 def test_far_ones_are_reported_and_left_alone() -> None:
-    bases = near_bases(0.1)
+    bases = drawn(0.1)
     bases[1] *= 2
     bases[3][0, 0] = torch.nan
     bases[4][1] = bases[4][0]
@@ -57,7 +45,7 @@ def test_far_ones_are_reported_and_left_alone() -> None:
 
 
 def test_results_repeat_bit_for_bit() -> None:
-    first = near_bases(0.1)
+    first = drawn(0.1)
     second = [basis.clone() for basis in first]
     backend.retract(first)
     backend.retract(second)
@@ -65,9 +53,9 @@ def test_results_repeat_bit_for_bit() -> None:
 
 
 def test_a_change_is_a_new_version() -> None:
-    basis = torch.nn.Parameter(near_bases(0.1)[3])
+    basis = torch.nn.Parameter(drawn(0.1)[3])
     with torch.inference_mode():
-        untracked = near_bases(0.1)[3]
+        untracked = drawn(0.1)[3]
     version = basis._version
     with torch.no_grad():
         backend.retract([basis, untracked])

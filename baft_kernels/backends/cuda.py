@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from baft_kernels.backends.protocol import Backend
+from baft_kernels.backends.unfused import as_mask
 from baft_kernels.packing import Parameters, packed
 
 __all__ = ["CudaBackend"]
 
 # As in csrc/cuda/kernels.h; the last is of the calls below, and csrc/cuda_bindings.cpp must have the same.
 _GATES = ("sigmoid", "softmax", "none")
-_INTERFACE = 1
+_INTERFACE = 2
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -36,7 +37,7 @@ _library.define("cuda_retract(Tensor(a!)[] bases, Tensor(b!) distances, int iter
 _library.define(
     "cuda_pack(Tensor basis, Tensor source, Tensor source_bias, Tensor? gate, Tensor? gate_bias,"
     " Tensor(a!)? forward_projection, Tensor(b!)? forward_basis, Tensor(c!)? backward_basis,"
-    " Tensor(d!)? backward_projection, Tensor(e!) bias, bool half) -> ()"
+    " Tensor(d!)? backward_projection, Tensor(e!)? bias, bool half) -> ()"
 )
 
 
@@ -81,7 +82,7 @@ def _pack_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
 
 def _pack_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
     basis, projection = _words(parameters, 1), _words(parameters, 2)
-    _pack(parameters, (None, None, basis, projection, _biases(parameters)), dtype)
+    _pack(parameters, (None, None, basis, projection, None), dtype)
     return _BackwardPack(basis, projection)
 
 
@@ -262,8 +263,7 @@ class _Rows(NamedTuple):
             return cls(None, None if rows is None else rows.contiguous(), adapters)
         if adapters is None:
             return cls(rows.contiguous(), None, None)
-        mask = torch.zeros(total, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
-        return cls(None, mask, adapters)
+        return cls(None, as_mask(rows, total), adapters)
 
     def items(self, total: int) -> int:
         """How many rows the kernels look at, of so many."""

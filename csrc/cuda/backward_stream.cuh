@@ -97,14 +97,7 @@ template <class T, int kCluster, int kWarps, int kStrip, int kRank, int kRows>
 struct BackwardStreamInstance {
   template <int kStages>
   using With = BackwardStream<T, kCluster, kWarps, kStrip, kRank, kRows, kStages>;
-  template <int kStages>
-  static constexpr int fitting() {
-    if constexpr (With<kStages>::kSharedBytes <= kLargestSharedBytes)
-      return kStages;
-    else
-      return fitting<kStages - 1>();
-  }
-  using Type = With<fitting<4>()>;
+  using Type = With<most_stages<With, 4>()>;
 };
 
 template <class K>

@@ -69,14 +69,7 @@ struct ForwardStreamInstance {
   static constexpr bool kNarrow = kWarps * kStrip <= 512 && 32 / kCluster * kRank / 2 <= 32 * kWarps;
   template <int kStages>
   using With = ForwardStream<T, kCluster, kWarps, kStrip, kRank, kNarrow ? 32 : 16, kStages>;
-  template <int kStages>
-  static constexpr int fitting() {
-    if constexpr (With<kStages>::kSharedBytes <= kLargestSharedBytes)
-      return kStages;
-    else
-      return fitting<kStages - 1>();
-  }
-  using Type = With<fitting<6>()>;
+  using Type = With<most_stages<With, 6>()>;
 };
 
 template <class K>

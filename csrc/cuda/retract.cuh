@@ -24,7 +24,7 @@ struct RetractTable {
   Basis bases[kRetractBases];
 };
 
-template <int kCluster_, int kSharedBytes_ = 232448>
+template <int kCluster_, int kSharedBytes_ = kLargestSharedBytes>
 struct Retraction {
   static constexpr int kCluster = kCluster_;         // CTAs
   static constexpr int kSharedBytes = kSharedBytes_; // that a CTA can have

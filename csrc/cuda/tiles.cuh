@@ -8,6 +8,15 @@
 
 namespace baft::cuda {
 
+// As many stages as fit into shared memory, up to `kMost`, of a kernel that `With` makes for a number of them.
+template <template <int> class With, int kMost>
+constexpr int most_stages() {
+  if constexpr (With<kMost>::kSharedBytes <= kLargestSharedBytes)
+    return kMost;
+  else
+    return most_stages<With, kMost - 1>();
+}
+
 // Rows of `kSlice` numbers of 16 bits in shared memory. Each begins 16 bytes, or 4 banks, after the one before it:
 // eight rows of a matrix, or a row of each of eight lanes, then lie in different banks.
 template <int kSlice>
