@@ -6,7 +6,7 @@ It imports torch and nothing else; the editing pipeline is the package ``baft``.
 """
 
 from baft_kernels.functional import baft, baft_, grouped_baft
-from baft_kernels.modules import BaftIntervention
+from baft_kernels.modules import BaftIntervention, GroupedBaftIntervention
 from baft_kernels.reference import BaftOutput
 from baft_kernels.stiefel import (
     orthonormal_basis,
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BaftIntervention",
     "BaftOutput",
+    "GroupedBaftIntervention",
     "__version__",
     "baft",
     "baft_",

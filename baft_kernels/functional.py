@@ -152,6 +152,36 @@ def baft_(
     return h
 
 
+@overload
+def grouped_baft(
+    h: Tensor,
+    basis: Tensor,
+    source: Tensor,
+    source_bias: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    adapter_ids: Tensor,
+    *,
+    gate_fn: str = ...,
+    positions: Tensor | None = ...,
+    return_aux: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def grouped_baft(
+    h: Tensor,
+    basis: Tensor,
+    source: Tensor,
+    source_bias: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    adapter_ids: Tensor,
+    *,
+    gate_fn: str = ...,
+    positions: Tensor | None = ...,
+    return_aux: Literal[True],
+    backend: str = ...,
+) -> BaftOutput: ...
 def grouped_baft(
     h: Tensor,
     basis: Tensor,

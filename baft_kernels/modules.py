@@ -1,4 +1,4 @@
-"""The intervention as a torch module: the parameters of one edited layer."""
+"""Interventions as torch modules: the parameters of one edited layer, one set or several."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from baft_kernels.arguments import check_gate_fn
 from baft_kernels.backends import resolve_backend
-from baft_kernels.functional import baft
+from baft_kernels.functional import baft, grouped_baft
 from baft_kernels.reference import BaftOutput
 from baft_kernels.stiefel import orthonormal_basis, retract_
 
-__all__ = ["BaftIntervention"]
+__all__ = ["BaftIntervention", "GroupedBaftIntervention"]
 
 
 class BaftIntervention(nn.Module):
@@ -103,3 +103,64 @@ class BaftIntervention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, low_rank_dimension={self.low_rank_dimension}, gate_fn={self.gate_fn!r}"
+
+
+class GroupedBaftIntervention(nn.Module):
+    """N interventions on one layer side by side: each sequence of a batch is edited by the one that it names.
+
+    All start as copies of one. Each is trained by the sequences that name it, and by no others.
+
+    Args:
+        original: what each set starts as.
+        sets: N >= 1.
+
+    Attributes:
+        basis: R, [N, r, d].
+        source: A, [N, r, d]; source_bias: b, [N, r].
+        gate: G, [N, r, d]; gate_bias: c, [N, r]; both None with ``gate_fn="none"``.
+
+    Raises:
+        ValueError: if ``sets`` isn't positive.
+    """
+
+    basis: Tensor
+    source: Tensor
+    source_bias: Tensor
+    gate: Tensor | None
+    gate_bias: Tensor | None
+
+    def __init__(self, original: BaftIntervention, sets: int) -> None:
+        super().__init__()
+        if sets < 1:
+            raise ValueError(f"sets: expected at least 1, got {sets}")
+        self.sets = sets
+        self.gate_fn = original.gate_fn
+        self.backend = original.backend
+        for name in ("basis", "source", "source_bias", "gate", "gate_bias"):
+            value = getattr(original, name)
+            stacked = None if value is None else nn.Parameter(torch.stack([value.detach()] * sets))
+            self.register_parameter(name, stacked)
+
+    def edit(self, base: Tensor, adapter_ids: Tensor, positions: Tensor | None = None) -> BaftOutput:
+        """Edit sequence i of ``base`` [B, ..., d] by set ``adapter_ids[i]``; arguments as in ``grouped_baft``."""
+        return grouped_baft(
+            base,
+            self.basis,
+            self.source,
+            self.source_bias,
+            self.gate,
+            self.gate_bias,
+            adapter_ids,
+            gate_fn=self.gate_fn,
+            positions=positions,
+            return_aux=True,
+            backend=self.backend,
+        )
+
+    def forward(self, base: Tensor, adapter_ids: Tensor) -> Tensor:
+        """Edit every row of ``base`` [B, ..., d], sequence i by set ``adapter_ids[i]``."""
+        return self.edit(base, adapter_ids).out
+
+    def extra_repr(self) -> str:
+        _, rank, width = self.basis.shape
+        return f"sets={self.sets}, embed_dim={width}, low_rank_dimension={rank}, gate_fn={self.gate_fn!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.editor import EditOutcome
+from baft.engine.options import EngineOptions
+from baft.engine.step import Lesson, TrainingStep
 from baft_kernels import orthonormality_error
 from baft_kernels.reference import GATE_FNS
 
@@ -41,19 +43,20 @@ def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 @contextmanager
-def trained_batches(editor: BaftEditor) -> Iterator[list[list[str]]]:
-    """The texts of each training step's batch, in order."""
+def trained_batches(editor: BaftEditor, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The texts of each training step's lessons, edits first, in order."""
     batches: list[list[str]] = []
+    differentiate = TrainingStep._differentiate
 
-    def watch(_: object, __: object, given: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            batches.append(editor.tokenizer.batch_decode(given["input_ids"], skip_special_tokens=True))
+    def watch(step: TrainingStep, lessons: Sequence[Lesson]) -> Tensor:
+        for lesson in lessons:
+            texts = [text.ids for text in [*lesson.edits, *lesson.unrelated]]
+            batches.append(editor.tokenizer.batch_decode(texts, skip_special_tokens=True))
+        return differentiate(step, lessons)
 
-    handle = editor.model.register_forward_pre_hook(watch, with_kwargs=True)
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStep, "_differentiate", watch)
         yield batches
-    finally:
-        handle.remove()
 
 
 # -- every mode --
@@ -102,7 +105,7 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone() -> None:
 
 
 def test_single_edits_do_not_depend_on_their_order() -> None:
-    forward, backward = tiny_editor(), tiny_editor()
+    forward, backward = (tiny_editor(options=EngineOptions(slots=1)) for _ in range(2))
     for one, other in zip(forward.edit(TWO, "single"), reversed(backward.edit(TWO[::-1], "single")), strict=True):
         assert one.request == other.request
         assert one.curve.losses == other.curve.losses
@@ -171,10 +174,10 @@ def test_an_edit_stops_at_the_first_step_that_finds_its_loss_low_enough() -> Non
     assert curve.seconds > 0
 
 
-def test_each_step_rehearses_some_earlier_edits() -> None:
+def test_each_step_rehearses_some_earlier_edits(monkeypatch: pytest.MonkeyPatch) -> None:
     for rehearsal, sizes in ((0, [1, 1, 1, 1]), (2, [1, 2, 3, 3])):
         editor = tiny_editor(rehearsal=rehearsal, locality_weight=0.0, max_steps=2, stop_below=0.0)
-        with trained_batches(editor) as batches:
+        with trained_batches(editor, monkeypatch) as batches:
             editor.edit(REQUESTS[:4])
         assert [len(batch) for batch in batches] == [size for size in sizes for _ in range(2)]
         for index, batch in enumerate(batches):
@@ -185,9 +188,9 @@ def test_each_step_rehearses_some_earlier_edits() -> None:
             assert len(set(rehearsed)) == len(rehearsed)
 
 
-def test_a_batch_visits_each_edit_once_a_pass() -> None:
+def test_a_batch_visits_each_edit_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(batch_size=2, batch_passes=3, locality_weight=0.0, stop_below=0.0)
-    with trained_batches(editor) as batches:
+    with trained_batches(editor, monkeypatch) as batches:
         curve = editor.edit(REQUESTS, "batch")[0].curve
     assert [len(batch) for batch in batches] == [2, 2, 1] * 3
     for first in range(0, 9, 3):
@@ -196,9 +199,9 @@ def test_a_batch_visits_each_edit_once_a_pass() -> None:
     assert (curve.steps, len(curve.losses), curve.converged) == (9, 3, False)
 
 
-def test_unrelated_texts_are_in_every_step() -> None:
+def test_unrelated_texts_are_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(unrelated_per_step=3, max_steps=2, stop_below=0.0)
-    with trained_batches(editor) as batches:
+    with trained_batches(editor, monkeypatch) as batches:
         editor.edit(TWO[:1])
     assert [len(batch) for batch in batches] == [4, 4]
 
@@ -214,11 +217,11 @@ def test_the_locality_loss_keeps_unrelated_texts() -> None:
     assert distance(10.0) < 0.7 * distance(0.0)
 
 
-def test_consolidation_goes_over_all_edits_again() -> None:
+def test_consolidation_goes_over_all_edits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(
         consolidate_every=2, consolidation_passes=3, rehearsal=0, locality_weight=0.0, max_steps=1, stop_below=0.0
     )
-    with trained_batches(editor) as batches:
+    with trained_batches(editor, monkeypatch) as batches:
         editor.edit(REQUESTS[:3])
     assert [len(batch) for batch in batches] == [1, 1, 2, 2, 2, 1]
 

@@ -10,9 +10,8 @@ import torch
 from tiny import attach, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import IGNORED, Encoded, Encoder
 from baft.engine.generation import generate_texts
-from baft.objective import IGNORED
 
 PROMPT = "The capital of Norland is"
 

@@ -35,6 +35,7 @@ from transformers import (
 
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.attach import Attachment, find_blocks
+from baft.engine.options import EngineOptions
 from baft.positions import Positions
 from baft_kernels import BaftIntervention
 
@@ -168,7 +169,9 @@ REQUESTS = [
 UNRELATED = ["The president of France", "Where is the king?", "Arvik is in Norland.", "1 2 3 4"]
 
 
-def tiny_editor(model: PreTrainedModel | None = None, **changes: Any) -> BaftEditor:
+def tiny_editor(
+    model: PreTrainedModel | None = None, *, options: EngineOptions | None = None, **changes: Any
+) -> BaftEditor:
     """An editor that learns each of ``REQUESTS`` in some tens of steps; ``changes`` go to its configuration."""
     config = {
         "rank": 8,
@@ -193,4 +196,10 @@ def tiny_editor(model: PreTrainedModel | None = None, **changes: Any) -> BaftEdi
         "batch_passes": 50,
         "seed": 0,
     }
-    return BaftEditor(model or tiny_model(), tiny_tokenizer(), BaftConfig(**{**config, **changes}), unrelated=UNRELATED)
+    return BaftEditor(
+        model or tiny_model(),
+        tiny_tokenizer(),
+        BaftConfig(**{**config, **changes}),
+        unrelated=UNRELATED,
+        options=options,
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from baft.positions import Positions, PromptTokens
-from baft_kernels import BaftIntervention
+from baft_kernels import BaftIntervention, BaftOutput, GroupedBaftIntervention
 
 __all__ = ["Attachment", "Blocks", "LayerRecord", "find_blocks"]
 
@@ -96,6 +96,8 @@ class Attachment:
         self.positions = positions
         self.enabled = True
         self._tokens: PromptTokens | None = None
+        self._sets: tuple[Mapping[int, GroupedBaftIntervention], Tensor] | None = None
+        self._rows_are_given = False
         self._rows: Tensor | None = None
         self._records: dict[int, LayerRecord] | None = None
         self._parent_signature = inspect.signature(blocks.parent.forward)
@@ -128,6 +130,28 @@ class Attachment:
             self._tokens = before
 
     @contextmanager
+    def rows(self, edited: Tensor | None) -> Iterator[None]:
+        """Say which tokens are edited, boolean [B, S], or None for all, whatever the positions are."""
+        before = self._rows_are_given, self._rows
+        self._rows_are_given, self._rows = True, edited
+        try:
+            yield
+        finally:
+            self._rows_are_given, self._rows = before
+
+    @contextmanager
+    def sets(self, interventions: Mapping[int, GroupedBaftIntervention], of_sequence: Tensor) -> Iterator[None]:
+        """Edit by other interventions, of several parameter sets: sequence i of a batch by set ``of_sequence[i]``.
+
+        A batch that is a multiple of the known one holds beams, each sequence's next to each other.
+        """
+        before, self._sets = self._sets, (interventions, of_sequence)
+        try:
+            yield
+        finally:
+            self._sets = before
+
+    @contextmanager
     def recording(self) -> Iterator[dict[int, LayerRecord]]:
         """Collect, by layer, what the interventions do in the last forward pass of this context."""
         before, self._records = self._records, {}
@@ -137,7 +161,7 @@ class Attachment:
             self._records = before
 
     def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.enabled or self.positions.every_token:
+        if not self.enabled or self._rows_are_given or self.positions.every_token:
             return  # and keep the last edited pass's rows: checkpointing may run its blocks once more, to go backward
         given = self._parent_signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
@@ -163,17 +187,22 @@ class Attachment:
         return PromptTokens(prompt[:, :0] if past else prompt)
 
     def _edit_block(self, layer: int) -> Any:
-        intervention = self.interventions[layer]
-
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             if not self.enabled:
                 return None
             h = output[0] if isinstance(output, tuple) else output
-            rows = None if self._rows is None else self._rows.to(h.device)
-            edited = intervention.edit(h, rows)
+            edited = self._edit(layer, h)
             if self._records is not None:
                 squared_norm = h.detach().float().square().sum(-1)
                 self._records[layer] = LayerRecord(edited.weights, edited.update, squared_norm)
             return (edited.out, *output[1:]) if isinstance(output, tuple) else edited.out
 
         return hook
+
+    def _edit(self, layer: int, h: Tensor) -> BaftOutput:
+        rows = None if self._rows is None else self._rows.to(h.device)
+        if self._sets is None:
+            return self.interventions[layer].edit(h, rows)
+        interventions, of_sequence = self._sets
+        beams = h.shape[0] // of_sequence.shape[0]
+        return interventions[layer].edit(h, of_sequence.repeat_interleave(beams).to(h.device), rows)

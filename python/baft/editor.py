@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import storage
 from baft.attach import Attachment, find_blocks
+from baft.bank import AdapterBank
 from baft.config import BaftConfig
+from baft.engine.abreast import EditsAbreast
 from baft.engine.calibration import calibrate_gates
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.modes import evaluating, frozen_for_editing
+from baft.engine.options import EngineOptions
+from baft.engine.passes import Passes
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
-from baft.engine.step import TrainingStep
+from baft.engine.trainer import Trainer
 from baft.engine.unrelated import UnrelatedPool
 from baft.positions import Positions
 from baft.requests import EditRequest
@@ -40,11 +44,13 @@ class EditOutcome:
     """What became of one request.
 
     Attributes:
+        index: the request's place among those given.
         request: what was asked.
         curve: how it trained; all requests of a batch share one curve.
         state: in single mode, the editor's state with this request alone edited; give it to ``load_state``.
     """
 
+    index: int
     request: EditRequest
     curve: Curve
     state: dict[str, Tensor] | None = None
@@ -62,6 +68,7 @@ class BaftEditor:
         config: how to edit.
         unrelated: texts whose continuations shall stay as they are, for the locality loss and to calibrate the gates.
             None lets the unedited model write them itself, at the first edit.
+        options: how the work is done; the result is the same, within rounding.
 
     Attributes:
         interventions: the trained modules, by block index as a string.
@@ -79,6 +86,7 @@ class BaftEditor:
         config: BaftConfig | None = None,
         *,
         unrelated: Sequence[str] | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -99,8 +107,9 @@ class BaftEditor:
             interventions[layer] = intervention.to(blocks.device(layer))
         self.interventions = nn.ModuleDict({str(layer): i for layer, i in interventions.items()})
         self.attachment = Attachment(blocks, interventions, Positions(config.positions))
+        self._options = options or EngineOptions()
         self._unrelated = unrelated
-        self._step: TrainingStep | None = None
+        self._trainer: Trainer | None = None
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -115,12 +124,12 @@ class BaftEditor:
         """Edit ``requests``.
 
         ``sequential`` edits one after another, so that all hold at the end; ``batch`` edits all at once, on top of what
-        was edited before; ``single`` tries each alone, from where the editor stands, and leaves the editor as it was:
-        the edit is on only while ``on_edit`` runs, and comes back with ``load_state(outcome.state)``.
+        was edited before; ``single`` tries each alone, as ``edit_each`` does, and leaves the editor as it was: the edit
+        is on only while ``on_edit`` runs, and comes back with ``load_state(outcome.state)``.
 
         Args:
             on_edit: called after each edit (of a batch: for each request after all of them), with the edit on.
-            on_step: called after each training step.
+            on_step: called after each training step of an edit.
 
         Returns:
             One outcome for each request, in order.
@@ -128,72 +137,113 @@ class BaftEditor:
         Raises:
             ValueError: for an unknown mode, a request longer than the model's context, or, with
                 ``positions="subject"``, a request without a subject in its prompt.
+            RuntimeError: if the loss of a batched or sequential edit is no finite number any more.
         """
         if mode not in ("single", "batch", "sequential"):
             raise ValueError(f"mode: expected single, batch or sequential, got {mode!r}")
         rows = [self._encode(request) for request in requests]
         if not rows:
             return []
-        step = self._begin()
+        if mode == "single":
+            return self._try_each(requests, on_edit, on_step)
+        trainer = self._begin()
         past = [self._encode(request) for request in self.edits]
         outcomes: list[EditOutcome] = []
 
-        def finish(outcome: EditOutcome) -> None:
-            outcomes.append(outcome)
+        def finish(request: EditRequest, curve: Curve) -> None:
+            outcomes.append(EditOutcome(len(outcomes), request, curve))
             if on_edit:
-                on_edit(outcome)
+                on_edit(outcomes[-1])
 
         if mode == "batch":
             with frozen_for_editing(self.model):
-                curve = edit_batch(step, rows, on_step)
+                curve = edit_batch(trainer, rows, on_step)
             self.edits += requests
             for request in requests:
-                finish(EditOutcome(request, curve))
+                finish(request, curve)
             return outcomes
-
         for request, row in zip(requests, rows, strict=True):
-            before = self.state() if mode == "single" else None
             with frozen_for_editing(self.model):
-                curve = edit_next(step, row, past, on_step)
+                curve = edit_next(trainer, row, past, on_step)
             self.edits.append(request)
-            if before is None:
-                past.append(row)
-                self._consolidate(step, past, on_step)
-                finish(EditOutcome(request, curve))
-            else:
-                finish(EditOutcome(request, curve, self.state()))
+            past.append(row)
+            self._consolidate(trainer, past, on_step)
+            finish(request, curve)
+        return outcomes
+
+    def edit_each(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Iterator[EditOutcome]:
+        """Edit each of ``requests`` alone, from where the editor stands, and leave the editor as it was.
+
+        Several are trained at a time, in one pass through the model, and each ends when its own loss is low enough.
+
+        Yields:
+            Outcomes as they come, in no certain order. One that ``curve.diverged`` has done no harm to others.
+
+        Raises:
+            ValueError: as ``edit``.
+        """
+        rows = [self._encode(request) for request in requests]
+        if not rows:
+            return
+        edits = EditsAbreast(self._begin(), rows, [self._encode(request) for request in self.edits], self._slots())
+        while edits.left:
+            with frozen_for_editing(self.model):
+                finished = edits.advance(on_step)
+            for one in finished:
+                yield EditOutcome(one.request, requests[one.request], one.curve, one.state)
+
+    def engine_report(self) -> dict[str, Any]:
+        """How the engine worked so far: the share of padding in what it computed, single edits trained at a time."""
+        return self._trainer.passes.report() if self._trainer else {}
+
+    def _slots(self) -> int:
+        return self._options.slots or 4
+
+    def _try_each(
+        self, requests: Sequence[EditRequest], on_edit: Callable[[EditOutcome], None] | None, on_step: OnStep | None
+    ) -> list[EditOutcome]:
+        """``edit_each`` in the order of ``requests``, each edit on while ``on_edit`` runs."""
+        outcomes = sorted(self.edit_each(requests, on_step=on_step), key=lambda outcome: outcome.index)
+        if on_edit:
+            before = self.state()
+            for outcome in outcomes:
+                assert outcome.state is not None
+                self.edits.append(outcome.request)
+                self.load_state(outcome.state)
+                on_edit(outcome)
                 self.load_state(before)
                 self.edits.pop()
         return outcomes
 
-    def _consolidate(self, step: TrainingStep, past: Sequence[Encoded], on_step: OnStep | None) -> None:
+    def _consolidate(self, trainer: Trainer, past: Sequence[Encoded], on_step: OnStep | None) -> None:
         """By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are."""
         every = self.config.consolidate_every
         if every and len(self.edits) % every == 0:
             with frozen_for_editing(self.model):
-                consolidate(step, past, on_step)
+                consolidate(trainer, past, on_step)
 
-    def _begin(self) -> TrainingStep:
+    def _begin(self) -> Trainer:
         """Make ready for the first edit: unrelated texts, gates on the model's scale, the training step."""
-        if self._step is not None:
-            return self._step
+        if self._trainer is not None:
+            return self._trainer
         with evaluating(self.model):
-            self._step = step = self._make_step()
+            self._trainer = trainer = self._make_trainer()
             calibrate_gates(
                 self.model,
                 self.attachment,
                 self.encoder,
-                step.unrelated.draw(_CALIBRATION_TEXTS, torch.Generator().manual_seed(self.config.seed)),
+                trainer.unrelated.draw(_CALIBRATION_TEXTS, torch.Generator().manual_seed(self.config.seed)),
                 scale=self.config.gate_scale,
                 bias=self.config.gate_bias,
             )
-        return step
+        return trainer
 
-    def _make_step(self) -> TrainingStep:
+    def _make_trainer(self) -> Trainer:
         if not self._unrelated:
             self._unrelated = self._write_unrelated()
         pool = UnrelatedPool(self._unrelated, self.encoder)
-        return TrainingStep(self.model, self.attachment, self.encoder, self.config, pool)
+        passes = Passes(self.model, self.attachment, self.encoder, pool, self._options)
+        return Trainer(passes, self.config, pool)
 
     def _encode(self, request: EditRequest) -> Encoded:
         row = self.encoder.pair(request.prompt, request.target, request.subject)
@@ -238,7 +288,8 @@ class BaftEditor:
 
         Args:
             prompts: a text, or a sequence of texts.
-            options: ``subjects`` (one for each prompt, for ``positions="subject"``), ``max_new_tokens`` (32),
+            options: ``subjects`` (one for each prompt, for ``positions="subject"``), ``adapters`` and ``adapter_ids``
+                (a ``bank``, and the number of the edited model that continues each prompt), ``max_new_tokens`` (32),
                 ``batch_size`` (64), ``on_batch`` (called after each), and all that transformers' ``generate`` takes.
 
         Returns:
@@ -247,6 +298,17 @@ class BaftEditor:
         if isinstance(prompts, str):
             return generate_texts(self.model, self.attachment, self.encoder, [prompts], **options)[0]
         return generate_texts(self.model, self.attachment, self.encoder, prompts, **options)
+
+    def bank(self, states: Sequence[Mapping[str, Tensor]]) -> AdapterBank:
+        """Edited models side by side: ``generate(prompts, adapters=bank, adapter_ids=...)`` asks each prompt of one.
+
+        Args:
+            states: as ``EditOutcome.state``, ``state()`` or ``parameters()``.
+
+        Raises:
+            ValueError: for no states, or one of another editor.
+        """
+        return AdapterBank(self.attachment.interventions, states)
 
     def force(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[tuple[list[int], list[int]]]:
         """Teacher forcing under the edits; see ``baft.engine.generation.force_answers``."""
@@ -266,7 +328,7 @@ class BaftEditor:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that editing changes: parameters, optimiser moments, gate usage, random generator."""
-        return {**self.parameters(), **(self._step.state() if self._step else {})}
+        return {**self.parameters(), **(self._trainer.state() if self._trainer else {})}
 
     def parameters(self) -> dict[str, Tensor]:
         """Copies of the interventions' parameters, as ``layers.{block}.{name}``."""
@@ -288,10 +350,10 @@ class BaftEditor:
             for name, parameter in own.items():
                 parameter.copy_(state[name])
         if "generator" in state:
-            self._step = self._step or self._make_step()
-            self._step.load_state(state)
+            self._trainer = self._trainer or self._make_trainer()
+            self._trainer.load_state(state)
         else:  # it was taken before the first edit
-            self._step = None
+            self._trainer = None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save everything that using and continuing these edits needs; see ``baft.storage`` for the files.
@@ -299,7 +361,7 @@ class BaftEditor:
         Raises:
             OSError: if it can't be written; files saved before are then still whole.
         """
-        unrelated = self._step.unrelated.texts if self._step else self._unrelated
+        unrelated = self._trainer.unrelated.texts if self._trainer else self._unrelated
         storage.save_editor(
             folder,
             storage.SavedEditor(
@@ -307,7 +369,7 @@ class BaftEditor:
                 width=self.attachment.blocks.width,
                 layers=tuple(self.attachment.interventions),
                 parameters=self.parameters(),
-                training_state=self._step.state() if self._step else {},
+                training_state=self._trainer.state() if self._trainer else {},
                 edits=self.edits,
                 unrelated=None if unrelated is None else list(unrelated),
                 base_model=str(self.model.config.name_or_path),

@@ -1,28 +1,35 @@
 """The losses of training an edit, on tensors: edit + balance_weight * balance + locality_weight * locality.
 
+Each is a value for each token, or for each basis; which tokens belong together is the caller's to say (``mean_of``).
 Load balancing and a regulariser for locality are BaFT's (arXiv 2503.00306); their exact forms there are not public,
 and these are ours.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORED", "answer_nll", "balance", "kl_to_base", "relative_update"]
-
-IGNORED = -100
-"""The label of a token that no loss looks at."""
+__all__ = ["answer_nll", "balance", "kl_to_base", "mean_of", "relative_update", "sum_of"]
 
 
-def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each row's labelled tokens: logits [B, S, V], labels [B, S] -> [B]."""
-    wanted = labels[:, 1:]
-    nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, ignore_index=IGNORED, reduction="none")
-    return nll.sum(-1) / (wanted != IGNORED).sum(-1).clamp(min=1)
+def mean_of(values: Tensor, counts: Tensor) -> Tensor:
+    """Means of values that lie one group behind the other: values [M], group sizes [K] -> [K]; 0 of an empty group."""
+    return sum_of(values, counts) / counts.clamp(min=1)
 
 
-def balance(earlier_usage: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+def sum_of(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums likewise: values [M, ...], group sizes [K] -> [K, ...]. Without atomics, so repeatable."""
+    return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True)
+
+
+def answer_nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Negative log-likelihood of each wanted token: logits [M, V], wanted [M] -> [M], float32."""
+    return F.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def balance(earlier_usage: Tensor, usage: Tensor) -> Tensor:
     """Incremental load balancing: the squared coefficient of variation of how much each basis is used.
 
     ``r * sum_k f_k^2 - 1`` with ``f`` the share of basis k in earlier edits and this one together: 0 if all are used
@@ -30,24 +37,25 @@ def balance(earlier_usage: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         earlier_usage: [r], sums of w over the tokens of earlier edits, a constant.
-        weights: w of this edit, [B, S, r].
-        mask: [B, S], 1 at its tokens.
+        usage: the same sums of this edit, [..., r].
+
+    Returns:
+        [...].
     """
-    usage = earlier_usage + (weights * mask.unsqueeze(-1)).sum((0, 1))
-    share = usage / usage.sum()
-    return usage.numel() * share.square().sum() - 1.0
+    usage = earlier_usage + usage
+    share = usage / usage.sum(-1, keepdim=True)
+    return usage.shape[-1] * share.square().sum(-1) - 1.0
 
 
-def relative_update(update: Tensor, squared_norm: Tensor, mask: Tensor, margin: float = 0.0) -> Tensor:
-    """Mean over the tokens of ``||u||^2 / ||h||^2`` beyond ``margin``; u [B, S, r], ||h||^2 and mask [B, S].
+def relative_update(update: Tensor, squared_norm: Tensor, margin: float = 0.0) -> Tensor:
+    """``||u||^2 / ||h||^2`` beyond ``margin`` of each token: u [M, r], ||h||^2 [M] -> [M].
 
     ||u|| is the length of the whole change, because the basis is orthonormal.
     """
-    ratio = update.square().sum(-1) / squared_norm
-    return (F.relu(ratio - margin) * mask).sum() / mask.sum().clamp(min=1)
+    return F.relu(update.square().sum(-1) / squared_norm - margin)
 
 
-def kl_to_base(logits: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of KL(base || edited): logits and the unedited log-probabilities [B, S, V], mask [B, S]."""
-    divergence = F.kl_div(F.log_softmax(logits.float(), -1), base, reduction="none", log_target=True).sum(-1)
-    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+def kl_to_base(logits: Tensor, base: Tensor) -> Tensor:
+    """KL(base || edited) of each token: logits [M, V] of the edited and of the unedited model -> [M], float32."""
+    expected = F.log_softmax(base.float(), -1)
+    return F.kl_div(F.log_softmax(logits.float(), -1), expected, reduction="none", log_target=True).sum(-1)

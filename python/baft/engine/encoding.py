@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from baft.objective import IGNORED
 from baft.positions import PromptTokens
 
-__all__ = ["Encoded", "Encoder", "TokenBatch"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch"]
+
+IGNORED = -100
+"""The label of a token that no loss looks at, as torch's cross entropy has it."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from baft.attach import Attachment
+from baft.bank import AdapterBank
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.modes import evaluating
 
@@ -26,6 +28,8 @@ def generate_texts(
     prompts: Sequence[str],
     *,
     subjects: Sequence[str | None] | None = None,
+    adapters: AdapterBank | None = None,
+    adapter_ids: Sequence[int] | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 64,
     on_batch: OnBatch | None = None,
@@ -38,6 +42,8 @@ def generate_texts(
 
     Args:
         subjects: the subject of each prompt, for ``positions="subject"``; "" where there is none.
+        adapters: several edited models; None is the one that ``attachment`` holds.
+        adapter_ids: which of ``adapters`` continues each prompt.
         on_batch: called after each batch.
 
     Returns:
@@ -46,9 +52,10 @@ def generate_texts(
     subjects = subjects or [None] * len(prompts)
     rows = [encoder.prompt(prompt, subject) for prompt, subject in zip(prompts, subjects, strict=True)]
     texts = [""] * len(rows)
+    edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
     for chosen in _batches_by_length(rows, batch_size):
         batch = encoder.batch([rows[index] for index in chosen], model.device, side="left")
-        with evaluating(model), attachment.prompts(batch.tokens):
+        with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
                 input_ids=batch.ids,
                 attention_mask=batch.attention_mask,
@@ -72,18 +79,24 @@ def force_answers(
     pairs: Sequence[tuple[str, str]],
     *,
     subjects: Sequence[str | None] | None = None,
+    adapters: AdapterBank | None = None,
+    adapter_ids: Sequence[int] | None = None,
     batch_size: int = 64,
 ) -> list[tuple[list[int], list[int]]]:
-    """Teacher forcing: for each (prompt, answer) the model's arg max at each token of the answer, and those tokens."""
+    """Teacher forcing: for each (prompt, answer) the model's arg max at each token of the answer, and those tokens.
+
+    Other arguments are those of ``generate_texts``.
+    """
     subjects = subjects or [None] * len(pairs)
     rows = [
         encoder.pair(prompt, answer, subject, append_eos=False)
         for (prompt, answer), subject in zip(pairs, subjects, strict=True)
     ]
     forced: list[tuple[list[int], list[int]]] = [([], [])] * len(rows)
+    edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
     for chosen in _batches_by_length(rows, batch_size):
         batch = encoder.batch([rows[index] for index in chosen], model.device)
-        with evaluating(model), attachment.prompts(batch.tokens):
+        with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
         predicted = logits.argmax(-1).tolist()
         for line, index in enumerate(chosen):
@@ -96,3 +109,17 @@ def _batches_by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[in
     """Indices of ``rows`` in batches of like length, which need little padding."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def _chooser(
+    attachment: Attachment, adapters: AdapterBank | None, adapter_ids: Sequence[int] | None, rows: int
+) -> Callable[[Sequence[int]], AbstractContextManager[None]]:
+    """What has the given rows edited, each by its own adapter, if there are any."""
+    if adapters is None:
+        if adapter_ids is not None:
+            raise ValueError("adapter_ids: expected adapters that they are numbers of, got none")
+        return lambda _: nullcontext()
+    if adapter_ids is None or len(adapter_ids) != rows:
+        got = None if adapter_ids is None else len(adapter_ids)
+        raise ValueError(f"adapter_ids: expected one for each of {rows} prompts, got {got}")
+    return lambda chosen: adapters.on(attachment, [adapter_ids[index] for index in chosen])

@@ -2,156 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from baft import objective
-from baft.attach import Attachment, LayerRecord
 from baft.config import BaftConfig
-from baft.engine.encoding import Encoded, Encoder, TokenBatch
-from baft.engine.unrelated import UnrelatedPool
-from baft_kernels import retract_after_step
+from baft.engine.encoding import Encoded
+from baft.engine.passes import Passed, Passes
+from baft.engine.sets import ParameterSets
 
-__all__ = ["TrainingStep"]
+__all__ = ["Lesson", "TrainingStep"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one parameter set is trained on in a step.
+
+    Attributes:
+        edits: prompts with their targets.
+        unrelated: texts whose continuations shall stay.
+        set: the number of the parameter set.
+    """
+
+    edits: Sequence[Encoded]
+    unrelated: Sequence[Encoded]
+    set: int = 0
 
 
 class TrainingStep:
-    """The step, and what it carries from one to the next: optimiser moments, gate usage, and the random generator.
+    """The step, and what it carries from one to the next: parameters, optimiser moments, gate usage.
 
     Args:
-        model: the frozen model, with ``attachment`` on it.
-        attachment: its interventions are what is trained.
-        encoder: pads batches.
+        passes: forward passes of the model under edit.
+        sets: what is trained.
         config: weights and rates.
-        unrelated: what the locality loss looks at.
+        usage: by layer the sum of w over the tokens of all finished edits, [r]: the constant part of load balancing.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        attachment: Attachment,
-        encoder: Encoder,
-        config: BaftConfig,
-        unrelated: UnrelatedPool,
+        self, passes: Passes, sets: ParameterSets, config: BaftConfig, usage: Mapping[int, Tensor] | None = None
     ) -> None:
-        self.model = model
-        self.attachment = attachment
-        self.encoder = encoder
+        self.passes = passes
+        self.sets = sets
         self.config = config
-        self.unrelated = unrelated
-        self.generator = torch.Generator().manual_seed(config.seed)
-        interventions = attachment.interventions
-        self._named = {
-            f"layers.{layer}.{name}": parameter
-            for layer, intervention in interventions.items()
-            for name, parameter in intervention.named_parameters()
-        }
-        gates = [p for name, p in self._named.items() if name.rpartition(".")[2].startswith("gate")]
-        others = [p for name, p in self._named.items() if not name.rpartition(".")[2].startswith("gate")]
-        groups = [(others, config.learning_rate), (gates, config.gate_learning_rate)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.99),  # a short memory: an edit has tens of steps, not thousands
-        )
-        bases = [intervention.basis for intervention in interventions.values()]
-        retract_after_step(self.optimizer, bases, project_gradients=config.project_gradients, backend=config.backend)
-        # Sum of w over the tokens of all finished edits, by layer: the constant part of the load-balancing loss.
-        self.usage = {layer: i.basis.new_zeros(i.low_rank_dimension) for layer, i in interventions.items()}
+        self.usage = usage or sets.new_usage()
 
-    def __call__(self, edits: Sequence[Encoded], rate: float = 1.0) -> Tensor:
-        """Train once on ``edits`` and as many unrelated texts as configured.
+    def __call__(self, lessons: Sequence[Lesson], rate: float = 1.0) -> Tensor:
+        """Train each lesson's set once on it.
 
         Args:
-            edits: prompts with their targets.
+            lessons: at most one for each set.
             rate: factor on the learning rates.
 
         Returns:
-            Each edit's loss before the step, [len(edits)], on the model's device.
+            Each edit's loss before the step, in order, on the model's device.
         """
+        per_edit = self._differentiate(lessons)
+        self.sets.update([lesson.set for lesson in lessons], rate)
+        return per_edit
+
+    def _differentiate(self, lessons: Sequence[Lesson]) -> Tensor:
+        """Add the gradients of the lessons' losses to the parameters'; returns each edit's loss."""
         config = self.config
-        wanted = config.unrelated_per_step if config.locality_weight > 0 else 0
-        unrelated = self.unrelated.draw(wanted, self.generator)
-        batch = self.encoder.batch([*edits, *unrelated], self.model.device)
-        count = len(edits)
-        with self.attachment.recording() as records:
-            logits = self._logits(batch)
-        per_edit = objective.answer_nll(logits[:count], batch.labels[:count])
-        loss = per_edit.mean()
-        if config.balance_weight > 0:
-            loss = loss + config.balance_weight * self._balance(records, batch, count)
-        if unrelated:
-            loss = loss + config.locality_weight * self._locality(logits, records, batch, count)
-        loss.backward()
-        for group, base_rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
-            group["lr"] = base_rate * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        edits = [text for lesson in lessons for text in lesson.edits]
+        unrelated = [text for lesson in lessons for text in lesson.unrelated]
+        of_edits = [lesson.set for lesson in lessons for _ in lesson.edits]
+        of_unrelated = [lesson.set for lesson in lessons for _ in lesson.unrelated]
+        by_kl = bool(unrelated) and config.locality_loss == "kl"
+        by_update = bool(unrelated) and config.locality_loss == "update"
+        with self.passes.run(
+            edits,
+            unrelated,
+            [*of_edits, *of_unrelated],
+            grouped=self.sets.grouped,
+            predictions=by_kl,
+            records=by_update or config.balance_weight > 0,
+        ) as passed:
+            device = passed.answers.device
+            wanted = torch.tensor([token for text in edits for token in text.ids[text.prompt_length :]]).to(device)
+            answer_lengths = [len(text.ids) - text.prompt_length for text in edits]
+            per_edit = objective.mean_of(objective.answer_nll(passed.answers, wanted), _counts(answer_lengths, device))
+            loss = objective.mean_of(per_edit, _counts([len(lesson.edits) for lesson in lessons], device))
+            if config.balance_weight > 0:
+                loss = loss + config.balance_weight * self._balance(passed, lessons)
+            if by_kl:
+                assert passed.edited is not None and passed.unedited is not None
+                change = objective.kl_to_base(passed.edited, passed.unedited)
+                loss = loss + config.locality_weight * objective.mean_of(change, _unrelated_tokens(lessons, device))
+            if by_update:
+                loss = loss + config.locality_weight * self._relative_update(passed, lessons)
+            loss.sum().backward()
         return per_edit.detach()
 
-    def _rates(self) -> list[float]:
-        return [self.config.learning_rate, self.config.gate_learning_rate][: len(self.optimizer.param_groups)]
+    def _balance(self, passed: Passed, lessons: Sequence[Lesson]) -> Tensor:
+        """Of each lesson, the mean over layers, [lessons]."""
+        edits = [text for lesson in lessons for text in lesson.edits]
+        terms = []
+        for layer, record in passed.records.items():
+            cells = _all_cells(passed, edits, 0).to(record.weights.device)
+            counts = _counts([sum(len(t.ids) for t in lesson.edits) for lesson in lessons], cells.device)
+            usage = objective.sum_of(record.weights.flatten(0, 1).index_select(0, cells), counts)
+            terms.append(objective.balance(self.usage[layer], usage).to(passed.answers.device))
+        return torch.stack(terms).mean(0)
 
-    def _logits(self, batch: TokenBatch) -> Tensor:
-        with self.attachment.prompts(batch.tokens):
-            return self.model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
-
-    def _balance(self, records: dict[int, LayerRecord], batch: TokenBatch, count: int) -> Tensor:
-        mask = batch.attention_mask[:count]
-        terms = [objective.balance(self.usage[layer], r.weights[:count], mask) for layer, r in records.items()]
-        return torch.stack([term.to(batch.ids.device) for term in terms]).mean()
-
-    def _locality(self, logits: Tensor, records: dict[int, LayerRecord], batch: TokenBatch, count: int) -> Tensor:
-        mask = batch.attention_mask[count:]
-        if self.config.locality_loss == "kl":
-            with torch.no_grad(), self.attachment.disabled():
-                base = self._logits(batch[count:])
-            return objective.kl_to_base(logits[count:], F.log_softmax(base.float(), dim=-1), mask)
-        margin = self.config.locality_margin
-        terms = [
-            objective.relative_update(r.update[count:], r.squared_norm[count:], mask.to(r.update.device), margin)
-            for r in records.values()
-        ]
-        return torch.stack([term.to(batch.ids.device) for term in terms]).mean()
+    def _relative_update(self, passed: Passed, lessons: Sequence[Lesson]) -> Tensor:
+        """Likewise, over the unrelated texts."""
+        unrelated = [text for lesson in lessons for text in lesson.unrelated]
+        terms = []
+        for record in passed.records.values():
+            cells = _all_cells(passed, unrelated, sum(len(lesson.edits) for lesson in lessons)).to(record.update.device)
+            change = objective.relative_update(
+                record.update.flatten(0, 1).index_select(0, cells),
+                record.squared_norm.flatten().index_select(0, cells),
+                self.config.locality_margin,
+            )
+            terms.append(objective.mean_of(change, _unrelated_tokens(lessons, cells.device)).to(passed.answers.device))
+        return torch.stack(terms).mean(0)
 
     @torch.no_grad()
     def count_usage(self, edits: Sequence[Encoded]) -> None:
         """Add the gate weights on the tokens of finished edits to the usage that load balancing looks at."""
         if self.config.balance_weight <= 0:
             return
-        batch = self.encoder.batch(edits, self.model.device)
-        with self.attachment.recording() as records:
-            self._logits(batch)
-        for layer, record in records.items():
-            mask = batch.attention_mask.to(record.weights.device)
-            self.usage[layer] += (record.weights * mask.unsqueeze(-1)).sum((0, 1))
+        with self.passes.run(edits, [], [0] * len(edits), predictions=False, records=True) as passed:
+            for layer, record in passed.records.items():
+                weights = record.weights.flatten(0, 1)
+                self.usage[layer] += weights[_all_cells(passed, edits, 0).to(weights.device)].sum(0)
 
-    # -- what continuing after a save and load needs ---------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Optimiser moments by parameter name, gate usage by layer, and the random generator, as copies."""
-        state = {f"usage.{layer}": usage.clone() for layer, usage in self.usage.items()}
-        state["generator"] = self.generator.get_state()
-        for name, parameter in self._named.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{key}"] = value.clone()
-        return state
+def _counts(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(sizes).to(device)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what ``state`` returned."""
-        self.generator.set_state(state["generator"].cpu())
-        for layer, usage in self.usage.items():
-            usage.copy_(state[f"usage.{layer}"])
-        for name, parameter in self._named.items():
-            prefix = f"optimizer.{name}."
-            moments = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-            self.optimizer.state.pop(parameter, None)
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter, copy=True)
-                    for key, value in moments.items()
-                }
+
+def _unrelated_tokens(lessons: Sequence[Lesson], device: torch.device) -> Tensor:
+    return _counts([sum(len(text.ids) for text in lesson.unrelated) for lesson in lessons], device)
+
+
+def _all_cells(passed: Passed, texts: Sequence[Encoded], first: int) -> Tensor:
+    """The cells of all tokens of ``texts``, the first of which has number ``first`` on the grid."""
+    return torch.tensor([c for k, text in enumerate(texts, first) for c in passed.grid.cells(k, 0, len(text.ids))])

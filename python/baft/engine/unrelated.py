@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -36,3 +36,7 @@ class UnrelatedPool:
 
     def draw(self, size: int, generator: torch.Generator) -> list[Encoded]:
         return [self._encoded[index] for index in draw_indices(len(self._encoded), size, generator)]
+
+    def in_chunks(self, size: int) -> Iterator[list[Encoded]]:
+        """All texts, ``size`` at a time."""
+        return (self._encoded[first : first + size] for first in range(0, len(self._encoded), size))

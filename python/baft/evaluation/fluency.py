@@ -11,6 +11,7 @@ import torch
 
 from baft import objective
 from baft.editor import BaftEditor
+from baft.engine.encoding import IGNORED
 from baft.requests import EditRequest
 
 __all__ = ["fluency", "ngram_entropy"]
@@ -56,5 +57,7 @@ def _mean_nll(editor: BaftEditor, pairs: Sequence[tuple[str, str]], batch_size: 
     for first in range(0, len(rows), batch_size):
         batch = editor.encoder.batch(rows[first : first + batch_size], editor.model.device)
         logits = editor.model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        nlls += objective.answer_nll(logits, batch.labels).tolist()
+        wanted = batch.labels[:, 1:]
+        nll = objective.answer_nll(logits[:, :-1].flatten(0, 1), wanted.flatten()).view(wanted.shape)
+        nlls += (nll.sum(-1) / (wanted != IGNORED).sum(-1)).tolist()
     return fmean(nlls) if nlls else math.nan

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from baft.editor import BaftEditor
 from baft.engine.generation import OnBatch
@@ -81,19 +82,38 @@ class Evaluator:
         asked = [question for request in requests for question in questions(request)]
         with self.editor.disabled():
             new = list(dict.fromkeys(q.prompt for q in asked if q.prompt not in self._base_texts))
-            self._base_texts.update(zip(new, self._generate(new, [None] * len(new), on_batch), strict=True))
+            self._base_texts.update(zip(new, self._generate(new, on_batch), strict=True))
             pairs = [(q.prompt, q.answers[0]) for q in asked if q.measure == "locality" and q.answers]
             pairs = [pair for pair in dict.fromkeys(pairs) if pair not in self._base_forced]
-            self._base_forced.update(zip(pairs, self._force(pairs, [None] * len(pairs)), strict=True))
+            self._base_forced.update(zip(pairs, self._force(pairs), strict=True))
 
-    def measure(self, requests: Sequence[EditRequest], on_batch: OnBatch | None = None) -> list[list[ProbeResult]]:
-        """Ask every question about each of ``requests``, of the model as it is now."""
+    def measure(
+        self,
+        requests: Sequence[EditRequest],
+        on_batch: OnBatch | None = None,
+        *,
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[list[ProbeResult]]:
+        """Ask every question about each of ``requests``.
+
+        Args:
+            states: of each request the state of the editor that is asked, such as ``EditOutcome.state``: all are asked
+                side by side. None asks the model as it is now.
+        """
         asked = [list(questions(request)) for request in requests]
         flat = [question for group in asked for question in group]
         self.record_base(requests)
-        texts = self._generate([q.prompt for q in flat], [q.subject or "" for q in flat], on_batch)
-        forcible = [q for q in flat if q.answers]
-        forced = iter(self._force([(q.prompt, q.answers[0]) for q in forcible], [q.subject or "" for q in forcible]))
+        bank = None if states is None else self.editor.bank(states)
+        by = [index for index, group in enumerate(asked) for _ in group]
+
+        def options(chosen: Sequence[int]) -> dict[str, Any]:
+            adapters = {} if bank is None else {"adapters": bank, "adapter_ids": [by[index] for index in chosen]}
+            return {"subjects": [flat[index].subject or "" for index in chosen], **adapters}
+
+        texts = self._generate([q.prompt for q in flat], on_batch, **options(range(len(flat))))
+        forcible = [index for index, question in enumerate(flat) if question.answers]
+        pairs = [(flat[index].prompt, flat[index].answers[0]) for index in forcible]
+        forced = iter(self._force(pairs, **options(forcible)))
         results = iter(
             [self._judge(q, text, next(forced) if q.answers else None) for q, text in zip(flat, texts, strict=True)]
         )
@@ -110,20 +130,16 @@ class Evaluator:
         hits = [p == w for p, w in zip(forced.predicted, wanted, strict=True)] if forced else None
         return ProbeResult(question, text, before, right, fmean(hits) if hits else None, all(hits) if hits else None)
 
-    def _generate(self, prompts: Sequence[str], subjects: Sequence[str | None], on_batch: OnBatch | None) -> list[str]:
+    def _generate(self, prompts: Sequence[str], on_batch: OnBatch | None, **options: Any) -> list[str]:
         return self.editor.generate(
-            prompts,
-            subjects=subjects,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            on_batch=on_batch,
+            prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, on_batch=on_batch, **options
         )
 
     @torch.no_grad()
-    def _force(self, pairs: Sequence[tuple[str, str]], subjects: Sequence[str | None]) -> list[Forced]:
+    def _force(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Forced]:
         return [
             Forced(tuple(predicted), tuple(wanted))
-            for predicted, wanted in self.editor.force(pairs, subjects=subjects, batch_size=self.batch_size)
+            for predicted, wanted in self.editor.force(pairs, batch_size=self.batch_size, **options)
         ]
 
 

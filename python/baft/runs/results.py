@@ -44,6 +44,7 @@ class EditRecord:
             "training": {
                 "steps": self.curve.steps,
                 "converged": self.curve.converged,
+                "diverged": self.curve.diverged,
                 "seconds": round(self.curve.seconds, 4),
                 "losses": [round(loss, 5) for loss in self.curve.losses],
             },

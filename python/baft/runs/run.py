@@ -23,6 +23,9 @@ T = TypeVar("T")
 # The retention curve and fluency are measured on at most this many requests, evenly spread.
 _SAMPLE = 100
 
+# Single edits whose answers are generated in the same batches.
+_MEASURED_TOGETHER = 32
+
 
 class Watcher(Protocol):
     """Is told how a run goes on."""
@@ -68,37 +71,14 @@ def run_edits(
     start = time.perf_counter()
     evaluator.record_base(requests, watched(watcher, "recording the unedited model's answers"))
     base_seconds = time.perf_counter() - start
-    records: list[EditRecord] = []
-    retention: list[dict[str, Any]] = []
-    measuring, steps = 0.0, 0
-
-    def stepped(step: int, at_most: int, loss: float) -> None:
-        nonlocal steps
-        steps += 1
-        if mode == "batch":
-            if step == 1:
-                watcher.stage("editing, step by step", at_most)
-            watcher.advance(f"loss {loss:.3f}")
-
-    def done(outcome: EditOutcome) -> None:
-        nonlocal measuring
-        began = time.perf_counter()
-        record = EditRecord(len(records), outcome.request, outcome.curve)
-        records.append(record)
-        if mode != "batch":
-            record.immediate = evaluator.measure([outcome.request])[0]
-            if folder:
-                folder.append(record)
-            if mode == "sequential" and _is_milestone(len(records)):
-                retention.append(_retained(evaluator, requests[: len(records)]))
-            measuring += time.perf_counter() - began
-            watcher.advance(f"loss {outcome.curve.losses[-1]:.3f}")
-
-    if mode != "batch":
-        watcher.stage("editing", len(requests))
+    run = _Run(editor, requests, mode, folder, evaluator, watcher)
     began = time.perf_counter()
-    editor.edit(requests, mode, on_edit=done, on_step=stepped)
-    editing = time.perf_counter() - began - measuring
+    if mode == "single":
+        run.edit_singly()
+    else:
+        run.edit_together()
+    editing = time.perf_counter() - began - run.measuring
+    records = sorted(run.records, key=lambda record: record.index)
     if mode != "single":
         measured = evaluator.measure(requests, watched(watcher, "measuring"))
         for record, final in zip(records, measured, strict=True):
@@ -107,7 +87,7 @@ def run_edits(
                 record.immediate = final
     final_metrics = summarise(r.final for r in records) if mode != "single" else None
     if mode == "sequential" and not _is_milestone(len(requests)):
-        retention.append({"edits": len(requests), **summarise(record.final for record in _evenly(records))})
+        run.retention.append({"edits": len(requests), **summarise(record.final for record in _evenly(records))})
     results = {
         **(description or {}),
         "protocol": {**evaluator.protocol, "mode": mode},
@@ -117,15 +97,16 @@ def run_edits(
         "seed": editor.config.seed,
         "edits": len(requests),
         "metrics": {"immediate": summarise(r.immediate for r in records), "final": final_metrics},
-        "retention": retention,
+        "retention": run.retention,
         "fluency": _fluency(editor, requests, evaluator.batch_size) if mode != "single" else None,
         "timing": {
             "seconds_per_edit": editing / len(requests),
             "editing_seconds": editing,
             "base_answers_seconds": base_seconds,
             "total_seconds": time.perf_counter() - start,
-            "steps": steps,
+            "steps": run.steps,
         },
+        "engine": editor.engine_report(),
         "memory": {"peak_bytes": peak_memory_bytes(), "bytes_per_edit": _adapter_bytes(editor, mode, len(requests))},
     }
     if folder:
@@ -133,6 +114,85 @@ def run_edits(
             editor.save_pretrained(folder.adapter)
         folder.finish(records, results)
     return RunReport(results, records)
+
+
+class _Run:
+    """The editing of a run, with what is measured on the way.
+
+    Attributes:
+        records: of the requests edited so far, in the order in which they were done.
+        retention: measures at milestones.
+        measuring: seconds spent on measures, so far.
+        steps: training steps of all edits.
+    """
+
+    def __init__(
+        self,
+        editor: BaftEditor,
+        requests: Sequence[EditRequest],
+        mode: Mode,
+        folder: RunFolder | None,
+        evaluator: Evaluator,
+        watcher: Watcher,
+    ) -> None:
+        self.editor, self.requests, self.mode = editor, requests, mode
+        self.folder, self.evaluator, self.watcher = folder, evaluator, watcher
+        self.records: list[EditRecord] = []
+        self.retention: list[dict[str, Any]] = []
+        self.measuring = 0.0
+        self.steps = 0
+
+    def edit_singly(self) -> None:
+        """Each request alone, several at a time; those that are done are measured side by side."""
+        self.watcher.stage("editing", len(self.requests))
+        unmeasured: list[EditOutcome] = []
+        for outcome in self.editor.edit_each(self.requests, on_step=self._stepped):
+            unmeasured.append(outcome)
+            if len(unmeasured) == _MEASURED_TOGETHER:
+                self._measure_singles(unmeasured)
+                unmeasured = []  # and let their states go
+        if unmeasured:
+            self._measure_singles(unmeasured)
+
+    def edit_together(self) -> None:
+        """All requests, in one batch or one after another."""
+        if self.mode == "sequential":
+            self.watcher.stage("editing", len(self.requests))
+        self.editor.edit(self.requests, self.mode, on_edit=self._done, on_step=self._stepped)
+
+    def _stepped(self, step: int, at_most: int, loss: float) -> None:
+        self.steps += 1
+        if self.mode == "batch":
+            if step == 1:
+                self.watcher.stage("editing, step by step", at_most)
+            self.watcher.advance(f"loss {loss:.3f}")
+
+    def _done(self, outcome: EditOutcome) -> None:
+        record = EditRecord(outcome.index, outcome.request, outcome.curve)
+        self.records.append(record)
+        if self.mode == "batch":
+            return
+        began = time.perf_counter()
+        record.immediate = self.evaluator.measure([outcome.request])[0]
+        self._keep(record)
+        if _is_milestone(len(self.records)):
+            self.retention.append(_retained(self.evaluator, self.requests[: len(self.records)]))
+        self.measuring += time.perf_counter() - began
+
+    def _measure_singles(self, outcomes: Sequence[EditOutcome]) -> None:
+        began = time.perf_counter()
+        states = [outcome.state for outcome in outcomes if outcome.state is not None]
+        measured = self.evaluator.measure([outcome.request for outcome in outcomes], states=states)
+        for outcome, immediate in zip(outcomes, measured, strict=True):
+            record = EditRecord(outcome.index, outcome.request, outcome.curve, immediate)
+            self.records.append(record)
+            self._keep(record)
+        self.measuring += time.perf_counter() - began
+
+    def _keep(self, record: EditRecord) -> None:
+        if self.folder:
+            self.folder.append(record)
+        self.watcher.advance(f"loss {record.curve.losses[-1]:.3f}")
 
 
 def watched(watcher: Watcher, stage: str) -> OnBatch:

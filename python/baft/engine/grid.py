@@ -1,0 +1,159 @@
+"""Lays texts out on a grid of tokens: several short ones side by side in a row, so that little of it is padding.
+
+Attention doesn't cross from one text to the next, because their positions start anew: transformers builds its masks so,
+for causal and sliding layers alike, when it is given positions and no mask. A model that doesn't (OPT derives its
+positions from the mask) gets one text a row, padded on the right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baft.engine.encoding import Encoded
+from baft.positions import Positions, PromptTokens
+
+__all__ = ["Grid", "lay_out"]
+
+# Rows this wide hold several short texts, and are narrow enough that attention across them costs little.
+_WIDTHS = range(16, 65, 8)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Texts on a grid of G rows and W columns; a cell is a place on it, counted row by row.
+
+    Attributes:
+        ids: the tokens, [G, W].
+        positions: of each token in its text, [G, W]; None where there is one text a row.
+        attention_mask: 1 at tokens, [G, W], where there is one text a row; None otherwise.
+        sets: of each row the parameter set that edits it, [G].
+        edited: the rows that interventions edit, boolean [G, W], or None for all.
+        starts: the first cell of each text.
+        tokens: how many cells hold a token; the rest is padding.
+    """
+
+    ids: Tensor
+    positions: Tensor | None
+    attention_mask: Tensor | None
+    sets: Tensor
+    edited: Tensor | None
+    starts: tuple[int, ...]
+    tokens: int
+
+    @property
+    def padding(self) -> float:
+        """The share of cells that hold no token."""
+        return 1.0 - self.tokens / self.ids.numel()
+
+    def cells(self, text: int, first: int, last: int) -> range:
+        """The cells of tokens ``first`` to ``last`` (exclusive) of a text."""
+        return range(self.starts[text] + first, self.starts[text] + last)
+
+    def inputs(self) -> dict[str, Tensor | bool | None]:
+        """What a model is called with."""
+        given: dict[str, Tensor | bool | None] = {"input_ids": self.ids, "attention_mask": self.attention_mask}
+        if self.positions is not None:
+            given["position_ids"] = self.positions
+        return {**given, "use_cache": False}
+
+
+def lay_out(
+    texts: Sequence[Encoded],
+    sets: Sequence[int],
+    *,
+    positions: Positions,
+    pad_id: int,
+    device: torch.device,
+    side_by_side: bool,
+) -> Grid:
+    """Lay ``texts`` out on a grid.
+
+    Args:
+        sets: the parameter set of each text. A row holds texts of one set.
+        positions: which of their tokens are edited.
+        pad_id: the token at padding.
+        side_by_side: several texts in a row; False gives each a row of its own.
+
+    Raises:
+        ValueError: for ``positions="subject"`` where a text's subject isn't known.
+    """
+    lengths = [len(text.ids) for text in texts]
+    longest = max(lengths)
+    width = _width(lengths, sets) if side_by_side else longest
+    places = _first_fit(lengths, sets, width) if side_by_side else [(row, 0) for row in range(len(texts))]
+    rows = 1 + max(row for row, _ in places)
+    starts = tuple(row * width + column for row, column in places)
+    # Padding behind a row's last text is a text of its own, that nothing looks at.
+    ids, mask = [pad_id] * (rows * width), [0] * (rows * width)
+    of_row, ends = [0] * rows, [0] * rows
+    numbers = list(range(width))
+    at = [0] * (rows * width)
+    for text, length, (row, column), start, chosen in zip(texts, lengths, places, starts, sets, strict=True):
+        ids[start : start + length] = text.ids
+        mask[start : start + length] = [1] * length
+        at[start : start + length] = numbers[:length]
+        of_row[row], ends[row] = chosen, max(ends[row], column + length)
+    for row, end in enumerate(ends):
+        at[row * width + end : (row + 1) * width] = numbers[: width - end]
+    edited = None
+    if not positions.every_token:
+        flags = [False] * (rows * width)
+        for text, start in zip(texts, starts, strict=True):
+            flags[start : start + len(text.ids)] = _edited(text, positions)
+        edited = torch.tensor(flags).view(rows, width).to(device)
+
+    def grid(values: list[int]) -> Tensor:
+        return torch.tensor(values).view(rows, width).to(device)
+
+    return Grid(
+        ids=grid(ids),
+        positions=grid(at) if side_by_side else None,
+        attention_mask=None if side_by_side else grid(mask),
+        sets=torch.tensor(of_row).to(device),
+        edited=edited,
+        starts=starts,
+        tokens=sum(lengths),
+    )
+
+
+def _width(lengths: Sequence[int], sets: Sequence[int]) -> int:
+    """The width of rows that leaves the least padding, if texts fill them well; at least the longest text's."""
+    tokens = Counter[int]()
+    for length, chosen in zip(lengths, sets, strict=True):
+        tokens[chosen] += length
+    longest = max(lengths)
+    widths = [longest, *(width for width in _WIDTHS if width > longest)]
+    return min(widths, key=lambda width: sum(-(-count // width) * width for count in tokens.values()))
+
+
+def _first_fit(lengths: Sequence[int], sets: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """Row and column of each text: longest first, each into the first row of its set that has room."""
+    places = [(0, 0)] * len(lengths)
+    of_set: dict[int, list[int]] = {}
+    filled: list[int] = []
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        rows = of_set.setdefault(sets[text], [])
+        row = next((row for row in rows if filled[row] + lengths[text] <= width), len(filled))
+        if row == len(filled):
+            rows.append(row)
+            filled.append(0)
+        places[text] = row, filled[row]
+        filled[row] += lengths[text]
+    return places
+
+
+@functools.lru_cache(maxsize=65536)
+def _edited(text: Encoded, positions: Positions) -> tuple[bool, ...]:
+    """Which of a text's tokens are edited."""
+    columns = torch.arange(len(text.ids))
+    subject = None
+    if text.subject is not None:
+        subject = ((columns >= text.subject[0]) & (columns < text.subject[1])).unsqueeze(0)
+    prompt = (columns < text.prompt_length).unsqueeze(0)
+    return tuple(positions.select(PromptTokens(prompt, subject))[0].tolist())

@@ -1,0 +1,146 @@
+"""Parameter sets in training: N of them side by side, each with its own optimiser's moments and step count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from baft.config import BaftConfig
+from baft_kernels import BaftIntervention, GroupedBaftIntervention, project_to_tangent, retract_all_
+
+__all__ = ["ParameterSets"]
+
+_BETAS = (0.9, 0.99)  # a short memory: an edit has tens of steps, not thousands
+_EPS = 1e-8
+
+Interventions = Mapping[int, BaftIntervention] | Mapping[int, GroupedBaftIntervention]
+
+
+class _Moments(NamedTuple):
+    """AdamW's state of one parameter, all with a leading axis of sets."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+class ParameterSets:
+    """The parameters of interventions on several layers, in one set or several, and how they are updated.
+
+    All sets are updated by one call of torch's fused AdamW, and all bases retracted by one more. A set's update depends
+    on nothing but its own gradients and moments.
+
+    Args:
+        interventions: by layer; ``BaftIntervention`` is one set, ``GroupedBaftIntervention`` as many as it has.
+        config: learning rates and the like.
+
+    Attributes:
+        grouped: the interventions where they are grouped ones, else None.
+        count: the number of sets.
+    """
+
+    def __init__(self, interventions: Interventions, config: BaftConfig) -> None:
+        self.interventions = interventions
+        self._config = config
+        self._leaves = {
+            f"layers.{layer}.{name}": parameter
+            for layer, intervention in interventions.items()
+            for name, parameter in intervention.named_parameters()
+        }
+        grouped = {layer: i for layer, i in interventions.items() if isinstance(i, GroupedBaftIntervention)}
+        self.grouped = grouped or None
+        self.count = next(iter(grouped.values())).sets if grouped else 1
+        self._values = {name: self._with_sets(leaf.detach()) for name, leaf in self._leaves.items()}
+        self._moments = {
+            name: _Moments(torch.zeros_like(v), torch.zeros_like(v), v.new_zeros(self.count))
+            for name, v in self._values.items()
+        }
+
+    def _with_sets(self, value: Tensor) -> Tensor:
+        return value if self.grouped else value.unsqueeze(0)
+
+    @torch.no_grad()
+    def update(self, sets: Sequence[int], rate: float = 1.0) -> None:
+        """One step of AdamW on some of the sets, and the retraction of their bases; gradients are used up.
+
+        Args:
+            sets: which ones.
+            rate: factor on the learning rates.
+        """
+        config = self._config
+        gradients = {name: self._with_sets(leaf.grad) for name, leaf in self._leaves.items() if leaf.grad is not None}
+        if config.project_gradients:
+            for name in filter(_is_basis, gradients):
+                gradients[name].copy_(project_to_tangent(gradients[name], self._values[name]))
+        for gates, base_rate in ((False, config.learning_rate), (True, config.gate_learning_rate)):
+            chosen = [(name, k) for name in gradients if _is_gate(name) == gates for k in sets]
+            if not chosen:
+                continue
+            adamw(
+                [self._values[name][k] for name, k in chosen],
+                [gradients[name][k] for name, k in chosen],
+                [self._moments[name].exp_avg[k] for name, k in chosen],
+                [self._moments[name].exp_avg_sq[k] for name, k in chosen],
+                [],
+                [self._moments[name].step[k] for name, k in chosen],
+                fused=True,
+                amsgrad=False,
+                beta1=_BETAS[0],
+                beta2=_BETAS[1],
+                lr=base_rate * rate,
+                weight_decay=config.weight_decay,
+                eps=_EPS,
+                maximize=False,
+            )
+        # The fused kernels don't tell autograd that they wrote, which is how packed parameters are known to be stale.
+        torch.autograd.graph.increment_version(list(self._values.values()))
+        for leaf in self._leaves.values():
+            leaf.grad = None
+        bases = [value[k] for name, value in self._values.items() if _is_basis(name) for k in sets]
+        retract_all_(bases, backend=config.backend)
+
+    def new_usage(self) -> dict[int, Tensor]:
+        """A zero for each basis, by layer."""
+        return {layer: i.basis.new_zeros(i.basis.shape[-2]) for layer, i in self.interventions.items()}
+
+    # -- one set in and out ----------------------------------------------------------------------------------------
+
+    def state(self, index: int = 0) -> dict[str, Tensor]:
+        """A set's parameters as ``layers.{layer}.{name}``, and its moments as ``optimizer.{...}``, as copies."""
+        return {**self.parameters(index), **self.moments(index)}
+
+    def parameters(self, index: int = 0) -> dict[str, Tensor]:
+        return {name: value[index].clone() for name, value in self._values.items()}
+
+    def moments(self, index: int = 0) -> dict[str, Tensor]:
+        return {
+            f"optimizer.{name}.{key}": value[index].clone()
+            for name, moments in self._moments.items()
+            for key, value in moments._asdict().items()
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], index: int = 0) -> None:
+        """Set one set to what ``state`` returned of another."""
+        for name, value in self._values.items():
+            value[index].copy_(state[name])
+        self.load_moments(state, index)
+
+    @torch.no_grad()
+    def load_moments(self, state: Mapping[str, Tensor], index: int = 0) -> None:
+        """Only its moments; those that aren't in ``state`` start at 0."""
+        for name, moments in self._moments.items():
+            for key, moment in moments._asdict().items():
+                moment[index] = state.get(f"optimizer.{name}.{key}", 0.0)
+
+
+def _is_gate(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("gate")
+
+
+def _is_basis(name: str) -> bool:
+    return name.endswith(".basis")
