@@ -185,7 +185,8 @@ class BaftEditor:
         rows = [self._encode(request) for request in requests]
         if not rows:
             return
-        edits = EditsAbreast(self._begin(), rows, [self._encode(request) for request in self.edits], self._slots())
+        past = [self._encode(request) for request in self.edits]
+        edits = EditsAbreast(self._begin(), rows, past, self._options.slots)
         while edits.left:
             with frozen_for_editing(self.model):
                 finished = edits.advance(on_step)
@@ -195,9 +196,6 @@ class BaftEditor:
     def engine_report(self) -> dict[str, Any]:
         """How the engine worked so far: the share of padding in what it computed, single edits trained at a time."""
         return self._trainer.passes.report() if self._trainer else {}
-
-    def _slots(self) -> int:
-        return self._options.slots or 4
 
     def _try_each(
         self, requests: Sequence[EditRequest], on_edit: Callable[[EditOutcome], None] | None, on_step: OnStep | None
@@ -225,6 +223,7 @@ class BaftEditor:
     def _begin(self) -> Trainer:
         """Make ready for the first edit: unrelated texts, gates on the model's scale, the training step."""
         if self._trainer is not None:
+            self._trainer.passes.refresh()
             return self._trainer
         with evaluating(self.model):
             self._trainer = trainer = self._make_trainer()

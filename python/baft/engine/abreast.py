@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from baft.engine.encoding import Encoded
+from baft.engine.memory import slots_that_fit
 from baft.engine.schedule import Curve, OnStep
 from baft.engine.sets import ParameterSets
-from baft.engine.step import TrainingStep
+from baft.engine.step import Lesson, TrainingStep
 from baft.engine.trainer import Trainer
 from baft_kernels import GroupedBaftIntervention
 
@@ -44,25 +46,31 @@ class EditsAbreast:
 
     A request gets the next free slot, and leaves it as soon as its own loss is low enough or its steps are used up. It
     is drawn the same rehearsed and unrelated texts, and takes the same steps, as if it were the only one: results are
-    equal within rounding.
+    equal within rounding, and bit for bit with one slot.
+
+    Where memory runs out, the requests being trained go back to wait, and half as many are trained at a time.
 
     Args:
         trainer: where each edit starts; it isn't changed.
         requests: what is edited.
         past: what had been edited before, to rehearse.
-        slots: how many at a time.
+        slots: how many at a time; None plans it.
     """
 
-    def __init__(self, trainer: Trainer, requests: Sequence[Encoded], past: Sequence[Encoded], slots: int) -> None:
+    def __init__(
+        self, trainer: Trainer, requests: Sequence[Encoded], past: Sequence[Encoded], slots: int | None
+    ) -> None:
         self._trainer = trainer
         self._requests = requests
         self._past = past
         self._waiting = deque(range(len(requests)))
         self._origin: Mapping[str, Tensor] = {**trainer.step.sets.state(), **trainer.course()}
-        self._slots: list[_Slot | None] = [None] * min(slots, len(requests))
-        config, own = trainer.config, trainer.passes.attachment.interventions
-        interventions = {layer: GroupedBaftIntervention(i, len(self._slots)) for layer, i in own.items()}
-        self._step = TrainingStep(trainer.passes, ParameterSets(interventions, config), config, trainer.step.usage)
+        self._from_identity = trainer.step.sets.are_identity()
+        self._device = trainer.passes.model.device
+        self._planned = slots is not None
+        self._slots: list[_Slot | None] = []
+        self._step: TrainingStep | None = None
+        self.slots = min(slots or self._first_plan(), len(requests))
 
     @property
     def left(self) -> bool:
@@ -70,14 +78,23 @@ class EditsAbreast:
         return bool(self._waiting) or any(self._slots)
 
     def advance(self, on_step: OnStep | None = None) -> list[Finished]:
-        """Take one step with every slot's request; returns those that are finished by it."""
-        self._fill()
-        busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
-        lessons = [
-            self._trainer.lesson([self._requests[slot.request]], self._past, generator=slot.generator, set=number)
-            for number, slot in busy
-        ]
-        losses = self._step(lessons).tolist()
+        """Take one step with every slot's request; returns those that are finished by it.
+
+        Raises:
+            torch.OutOfMemoryError: if not even one request fits.
+        """
+        try:
+            if self._step is None:
+                self._open()
+            assert self._step is not None
+            self._fill()
+            busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
+            lessons = [self._lesson(number, slot) for number, slot in busy]
+            before = self._memory(reset=True)
+            losses = self._step(lessons).tolist()
+        except torch.OutOfMemoryError:
+            self._halve()
+            return []
         finished, first = [], 0
         for (number, slot), lesson in zip(busy, lessons, strict=True):
             ended = slot.curve.add(losses[first], self._trainer.config)
@@ -86,9 +103,27 @@ class EditsAbreast:
                 on_step(slot.curve.steps, self._trainer.config.max_steps, slot.curve.losses[-1])
             if ended:
                 finished.append(self._leave(number, slot))
+        if not self._planned and all(slot.curve.steps > 1 for _, slot in busy):
+            self._plan(len(busy), self._memory() - before)
         return finished
 
+    # -- slots -----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Make the parameter sets."""
+        own, config = self._trainer.passes.attachment.interventions, self._trainer.config
+        interventions = {layer: GroupedBaftIntervention(i, self.slots) for layer, i in own.items()}
+        sets = ParameterSets(interventions, config)
+        self._step = TrainingStep(self._trainer.passes, sets, config, self._trainer.step.usage)
+        self._slots = [None] * self.slots
+
+    def _close(self) -> None:
+        """Give the parameter sets up; what is in training will start anew, before what waits."""
+        self._waiting.extendleft(sorted((slot.request for slot in self._slots if slot), reverse=True))
+        self._slots, self._step = [], None
+
     def _fill(self) -> None:
+        assert self._step is not None
         for number, slot in enumerate(self._slots):
             if slot is None and self._waiting:
                 generator = torch.Generator()
@@ -96,8 +131,58 @@ class EditsAbreast:
                 self._step.sets.load(self._origin, number)
                 self._slots[number] = _Slot(self._waiting.popleft(), generator)
 
+    def _lesson(self, number: int, slot: _Slot) -> Lesson:
+        request = self._requests[slot.request]
+        lesson = self._trainer.lesson([request], self._past, generator=slot.generator, set=number)
+        if slot.curve.steps == 0 and self._from_identity:
+            # The model is still the unedited one, where the locality losses have their minimum: no gradient.
+            return replace(lesson, unrelated=())
+        return lesson
+
     def _leave(self, number: int, slot: _Slot) -> Finished:
+        assert self._step is not None
         slot.curve.seconds = time.perf_counter() - slot.start
         self._slots[number] = None
         state = {**self._origin, **self._step.sets.state(number), "generator": slot.generator.get_state()}
         return Finished(slot.request, slot.curve, state)
+
+    # -- how many --------------------------------------------------------------------------------------------------
+
+    def _first_plan(self) -> int:
+        return slots_that_fit(self._device, self._cells())
+
+    def _plan(self, busy: int, taken: int) -> None:
+        """Plan anew by what a step of ``busy`` requests was seen to take."""
+        self._planned = True
+        set_bytes = 4 * sum(value.nbytes for value in self._trainer.step.sets.parameters().values())
+        planned = slots_that_fit(self._device, self._cells(), taken // busy, set_bytes)
+        if min(planned, len(self._requests)) > self.slots:
+            self._close()
+            self.slots = min(planned, len(self._requests))
+
+    def _cells(self) -> int:
+        """Cells of the grid that one request's lesson takes, about."""
+        generator = torch.Generator()
+        generator.set_state(self._origin["generator"])
+        lesson = self._trainer.lesson(self._requests[:1], self._past, generator=generator)
+        return sum(len(text.ids) for text in (*lesson.edits, *lesson.unrelated))
+
+    def _memory(self, *, reset: bool = False) -> int:
+        """Bytes in use at most since the last reset, on a GPU."""
+        if self._device.type != "cuda":
+            return 0
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def _halve(self) -> None:
+        if self.slots == 1:
+            raise torch.OutOfMemoryError(
+                "a single edit needs more memory than there is: lower unrelated_per_step, rehearsal or rank"
+            )
+        self._close()
+        self.slots //= 2
+        self._planned = True
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"memory ran out: going on with {self.slots} edits at a time", RuntimeWarning, stacklevel=3)

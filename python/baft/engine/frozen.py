@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class FrozenStates:
         self._company = {text.ids: texts for texts in company for text in texts}
         self._prefixes = _Vectors(budget // 2)
         self._head_inputs = _Vectors(budget // 2)
-        self._seen_parameters: list[Any] = []
+        self._weights = self._versions()
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
@@ -69,11 +68,14 @@ class FrozenStates:
 
     def forget_if_changed(self) -> None:
         """Forget all if the model's weights are others than they were, or were written to."""
-        parameters = [(p.data_ptr(), p._version) for p in self._replay.model.parameters()]
-        if parameters != self._seen_parameters:
+        weights = self._versions()
+        if weights != self._weights:
             self._prefixes.clear()
             self._head_inputs.clear()
-            self._seen_parameters = parameters
+            self._weights = weights
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
 
     def _know(self, texts: Sequence[Encoded]) -> None:
         missing = self._missing(texts)

@@ -80,7 +80,7 @@ class Passes:
         )
 
     def refresh(self) -> None:
-        """Notice if the model's own weights have changed."""
+        """Notice if the model's own weights have changed since it was last asked to."""
         self._frozen.forget_if_changed()
 
     @contextmanager

@@ -103,6 +103,10 @@ class ParameterSets:
         bases = [value[k] for name, value in self._values.items() if _is_basis(name) for k in sets]
         retract_all_(bases, backend=config.backend)
 
+    def are_identity(self) -> bool:
+        """Whether no set edits anything: sources equal bases, biases are 0."""
+        return all(torch.equal(i.source, i.basis) and not i.source_bias.any() for i in self.interventions.values())
+
     def new_usage(self) -> dict[int, Tensor]:
         """A zero for each basis, by layer."""
         return {layer: i.basis.new_zeros(i.basis.shape[-2]) for layer, i in self.interventions.items()}
