@@ -78,6 +78,7 @@ class PlainEditor:
         pad_id: int,
     ) -> None:
         self.model = model
+        self.blocks = blocks
         self.config = config
         self.pad_id = pad_id
         self.starts = starts

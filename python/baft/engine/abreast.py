@@ -63,7 +63,8 @@ class EditsAbreast:
         self._trainer = trainer
         self._requests = requests
         self._past = past
-        self._waiting = deque(range(len(requests)))
+        # Requests of like length are trained at the same time, which need little padding.
+        self._waiting = deque(sorted(range(len(requests)), key=self._length))
         self._origin: Mapping[str, Tensor] = {**trainer.step.sets.state(), **trainer.course()}
         self._from_identity = trainer.step.sets.are_identity()
         self._device = trainer.passes.model.device
@@ -119,7 +120,8 @@ class EditsAbreast:
 
     def _close(self) -> None:
         """Give the parameter sets up; what is in training will start anew, before what waits."""
-        self._waiting.extendleft(sorted((slot.request for slot in self._slots if slot), reverse=True))
+        running = [slot.request for slot in self._slots if slot]
+        self._waiting.extendleft(sorted(running, key=self._length, reverse=True))
         self._slots, self._step = [], None
 
     def _fill(self) -> None:
@@ -130,6 +132,9 @@ class EditsAbreast:
                 generator.set_state(self._origin["generator"])
                 self._step.sets.load(self._origin, number)
                 self._slots[number] = _Slot(self._waiting.popleft(), generator)
+
+    def _length(self, request: int) -> int:
+        return len(self._requests[request].ids)
 
     def _lesson(self, number: int, slot: _Slot) -> Lesson:
         request = self._requests[slot.request]

@@ -8,6 +8,7 @@ positions from the mask) gets one text a row, padded on the right.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,13 +124,17 @@ def lay_out(
 
 
 def _width(lengths: Sequence[int], sets: Sequence[int]) -> int:
-    """The width of rows that leaves the least padding, if texts fill them well; at least the longest text's."""
+    """The width of rows that leaves the least padding, about; at least the longest text's."""
     tokens = Counter[int]()
     for length, chosen in zip(lengths, sets, strict=True):
         tokens[chosen] += length
-    longest = max(lengths)
-    widths = [longest, *(width for width in _WIDTHS if width > longest)]
-    return min(widths, key=lambda width: sum(-(-count // width) * width for count in tokens.values()))
+    longest, typical = max(lengths), sum(lengths) / len(lengths)
+
+    def cells(width: int) -> int:
+        filled = width - typical / 2  # of a row, when no further text fits
+        return width * sum(1 if count <= width else math.ceil(count / filled) for count in tokens.values())
+
+    return min([longest, *(width for width in _WIDTHS if width > longest)], key=cells)
 
 
 def _first_fit(lengths: Sequence[int], sets: Sequence[int], width: int) -> list[tuple[int, int]]:

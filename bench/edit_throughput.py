@@ -1,0 +1,402 @@
+"""How many edits a second? Against editing as one would write it first, and with each part of ours switched off.
+
+    python bench/edit_throughput.py                     FactWorld, single and sequential edits, on this machine
+    python bench/edit_throughput.py --slots 1 2 4 8 16  the curve over how many single edits share a pass
+    python bench/edit_throughput.py --model cf600 --dataset counterfact_3k.json      a testbed of `baft testbed`
+    python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
+
+Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: the defaults, with 48
+unrelated texts at each step whose predictions shall stay; there most of the time goes to matrix products that any
+implementation must do. Variants take turns, and seconds are medians over rounds. "Plain" is bench/plain_editing.py.
+Results go to bench/results/ as JSON, Markdown and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
+
+import torch  # noqa: E402  # after the folders of this checkout are known
+from plain_editing import PlainEditor, Text, generate_one_by_one  # noqa: E402
+from report import RESULTS, markdown, provenance  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from shapes import SHAPES, build  # noqa: E402
+from stopwatch import SECTIONS, Stopwatch  # noqa: E402
+
+from baft import BaftConfig, BaftEditor, EditRequest  # noqa: E402
+from baft.engine.encoding import Encoded  # noqa: E402
+from baft.engine.modes import frozen_for_editing  # noqa: E402
+from baft.engine.options import EngineOptions  # noqa: E402
+from baft.engine.sets import ParameterSets  # noqa: E402
+from baft.evaluation.measures import Evaluator, summarise  # noqa: E402
+from baft.evaluation.probes import questions  # noqa: E402
+from baft.runs.inputs import load_assignment, load_model  # noqa: E402
+from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
+
+TASKS: dict[str, dict[str, Any]] = {"edit": {"locality_weight": 0.0, "rehearsal": 0}, "edit + locality": {}}
+OURS = "ours"
+PARTS = {
+    OURS: EngineOptions(),
+    "- edits abreast": EngineOptions(slots=1),
+    "- replay": EngineOptions(replay=False),
+    "- head where needed": EngineOptions(head_where_needed=False),
+    "- texts side by side": EngineOptions(side_by_side=False),
+}
+
+
+@dataclass
+class Subject:
+    """What is edited: a model, requests, texts to leave alone, and overrides of the configuration."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    requests: list[EditRequest]
+    unrelated: list[str] | None
+    overrides: dict[str, Any]
+
+    def editor(self, task: str, options: EngineOptions) -> BaftEditor:
+        config = BaftConfig(**{**TASKS[task], **self.overrides, "consolidate_every": 0})
+        return BaftEditor(self.model, self.tokenizer, config, unrelated=self.unrelated, options=options)
+
+
+@dataclass
+class Timed:
+    """Editing some requests: seconds, steps of all, and outcomes if there are any."""
+
+    edits: int
+    seconds: float
+    steps: int
+    padding: float | None = None
+    quality: dict[str, float] | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="factworld")
+    parser.add_argument("--dataset", default="factworld")
+    parser.add_argument("--shape", choices=SHAPES, help="a real model's shape, with random weights")
+    parser.add_argument("--modes", nargs="+", choices=("single", "sequential"), default=("single", "sequential"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--requests", type=int, default=32, help="edited by each of our variants in a round")
+    parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    subject = load(options)
+    if options.slots:
+        report_slots(subject, options, console)
+    else:
+        report_parts(subject, options, console)
+
+
+def load(options: argparse.Namespace) -> Subject:
+    if options.shape:
+        return Subject(options.shape, *build(options.shape, options.requests))
+    model, tokenizer = load_model(options.model)
+    assignment = load_assignment(options.dataset, options.requests, seed=0)
+    return Subject(Path(options.dataset).stem, model, tokenizer, assignment.requests, assignment.unrelated, {})
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def report_parts(subject: Subject, options: argparse.Namespace, console: Console) -> None:
+    rows = [["mode", "task", "variant", "s/edit", "ms/step", "times plain", "padding", "reliability", "locality"]]
+    raw: list[dict[str, Any]] = []
+    shares = [["task", "variant", *SECTIONS]]
+    for mode, task in itertools.product(options.modes, options.tasks):
+        for line in compare(subject, mode, task, options, console):
+            raw.append(line)
+            rows.append(
+                [
+                    mode,
+                    task,
+                    line["variant"],
+                    f"{line['seconds_per_edit']:.4f}",
+                    f"{line['seconds_per_step'] * 1e3:.2f}",
+                    f"{line['times_plain']:.2f}",
+                    *(_figure(line[name]) for name in ("padding", "reliability", "locality")),
+                ]
+            )
+    for task in options.tasks:
+        for variant, seconds in sections(subject, task, options).items():
+            raw.append({"sections": variant, "task": task, "seconds": seconds})
+            total = sum(seconds.values())
+            shares.append([task, variant, *(f"{seconds.get(name, 0.0) / total:.0%}" for name in SECTIONS)])
+    asked = compare_asking(subject, options)
+    raw.append({"asking": asked})
+    show(rows, console)
+    show(shares, console)
+    console.print(
+        f"Asking {asked['questions']} questions of edited models: {asked['plain'] * 1e3:.1f} ms each one by one, "
+        f"{asked['ours'] * 1e3:.2f} ms side by side: {asked['plain'] / asked['ours']:.1f} times; "
+        f"{asked['same']:.0%} of the texts are equal"
+    )
+    about = {**provenance(subject.model.device), "subject": subject.name, "overrides": subject.overrides}
+    name = f"edit_throughput_{subject.name}_{subject.model.device.type}"
+    (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(markdown(rows, about) + "\n" + markdown(shares, about))
+    console.print(f"Saved: {options.out / name}.md")
+
+
+def compare(
+    subject: Subject, mode: str, task: str, options: argparse.Namespace, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Every variant's figures, the plain one's first."""
+    variants: dict[str, Callable[[], Timed]] = {
+        "plain": lambda: edit_plainly(subject, mode, task, options.plain_requests)
+    }
+    for name, engine in PARTS.items():
+        if mode == "sequential" and name == "- edits abreast":
+            continue
+        count = options.requests if mode == "single" else options.plain_requests * 2
+        variants[name] = lambda engine=engine, count=count: edit_ours(subject, mode, task, count, engine)
+    timed: dict[str, list[Timed]] = {name: [] for name in variants}
+    for round_ in range(options.rounds):
+        for name, run in variants.items():
+            timed[name].append(run())
+            console.print(f"{mode}, {task}, round {round_ + 1}, {name}: {timed[name][-1].seconds:.1f} s", style="dim")
+    plain = median(t.seconds / t.edits for t in timed["plain"])
+    for name, runs in timed.items():
+        seconds = median(t.seconds / t.edits for t in runs)
+        yield {
+            "mode": mode,
+            "task": task,
+            "variant": name,
+            "seconds_per_edit": seconds,
+            "seconds_per_step": median(t.seconds / t.steps for t in runs),
+            "times_plain": plain / seconds,
+            "padding": runs[0].padding,
+            **(runs[0].quality or {"reliability": None, "locality": None}),
+            "rounds": [vars(t) for t in runs],
+        }
+
+
+def edit_ours(subject: Subject, mode: str, task: str, count: int, options: EngineOptions) -> Timed:
+    editor = subject.editor(task, options)
+    requests = subject.requests[:count]
+    with removed(editor):
+        editor.edit_each(requests[:1]).__next__()  # what is done once: texts encoded, gates calibrated
+        steps = 0
+
+        def stepped(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        start = _now(subject)
+        if mode == "single":
+            outcomes = list(editor.edit_each(requests, on_step=stepped))
+        else:
+            outcomes = editor.edit(requests, "sequential", on_step=stepped)
+        seconds = _now(subject) - start
+        quality = None
+        if not subject.overrides:  # random weights have no quality
+            states = [outcome.state for outcome in outcomes] if mode == "single" else None
+            measured = Evaluator(editor, max_new_tokens=12, batch_size=128).measure(
+                [outcome.request for outcome in outcomes], states=states
+            )
+            metrics = summarise(measured)
+            quality = {name: metrics[name]["generation"] for name in ("reliability", "locality")}
+        return Timed(count, seconds, steps, editor.engine_report()["padding"], quality)
+
+
+def edit_plainly(subject: Subject, mode: str, task: str, count: int) -> Timed:
+    """The same edits, drawn by our editor's own trainer."""
+    with plain_editor(subject, task) as (plain, draw_for):
+        steps, past = 0, []
+        start = _now(subject)
+        for request in range(count):
+            if mode == "single":
+                plain.restart()
+            draw, encoded = draw_for(request, past)
+            steps += plain.edit(draw)[0]
+            if mode == "sequential":
+                past.append(encoded)
+        return Timed(count, _now(subject) - start, steps)
+
+
+@contextmanager
+def plain_editor(subject: Subject, task: str) -> Iterator[tuple[PlainEditor, Callable[..., Any]]]:
+    ours = subject.editor(task, EngineOptions())
+    with removed(ours):
+        trainer = ours._begin()
+        starts = {
+            layer: tuple(getattr(i, name).detach().clone() for name in ("basis", "gate", "gate_bias"))
+            for layer, i in ours.attachment.interventions.items()
+        }
+    plain = PlainEditor(subject.model, ours.attachment.blocks.modules, starts, ours.config, ours.encoder.pad_id)
+
+    def draw_for(request: int, past: Sequence[Encoded]) -> tuple[Callable[[], Any], Encoded]:
+        encoded = ours._encode(subject.requests[request])
+        generator = torch.Generator().manual_seed(request)
+
+        def draw() -> tuple[list[Text], list[Text]]:
+            lesson = trainer.lesson([encoded], past, generator=generator)
+            return [_plain(t) for t in lesson.edits], [_plain(t) for t in lesson.unrelated]
+
+        return draw, encoded
+
+    try:
+        with frozen_for_editing(subject.model):
+            yield plain, draw_for
+    finally:
+        plain.remove()
+
+
+# -- where the time goes -----------------------------------------------------------------------------------------------
+
+
+def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds by section, of a few single edits, plain and ours."""
+    found = {}
+    watch = Stopwatch(subject.model.device)
+    with plain_editor(subject, task) as (plain, draw_for):
+        blocks, first = plain.blocks, min(plain.interventions)
+        calls: list[tuple[Any, str, str]] = [(type(plain.optimizer), "step", "optimiser")]
+        calls += [(i, "forward", "interventions") for i in plain.interventions.values()]
+        with watch.on(subject.model, blocks, first, calls):
+            plain.edit(draw_for(0, [])[0])
+        found["plain"] = dict(watch.seconds)
+    editor = subject.editor(task, EngineOptions())
+    with removed(editor):
+        list(editor.edit_each(subject.requests[:1]))
+        calls = [(cls, "edit", "interventions") for cls in (BaftIntervention, GroupedBaftIntervention)]
+        calls.append((ParameterSets, "update", "optimiser"))
+        with watch.on(subject.model, blocks, first, calls):
+            list(editor.edit_each(subject.requests[: options.requests]))
+        found[OURS] = dict(watch.seconds)
+    return found
+
+
+# -- asking ------------------------------------------------------------------------------------------------------------
+
+
+def compare_asking(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for each question that measures single edits: each prompt by itself, and all side by side."""
+    editor = subject.editor("edit", EngineOptions())
+    requests = subject.requests[: options.plain_requests * 2]
+    with removed(editor):
+        outcomes = sorted(editor.edit_each(requests), key=lambda outcome: outcome.index)
+        asked = [(o, question.prompt) for o in outcomes for question in questions(o.request)]
+        before, texts = editor.state(), []
+        start = _now(subject)
+        current = None
+        for outcome, prompt in asked:
+            if current is not outcome:
+                editor.load_state(outcome.state)
+                current = outcome
+            text = generate_one_by_one(
+                subject.model, [_plain(editor.encoder.prompt(prompt))], 12, subject.tokenizer.eos_token_id
+            )[0]
+            texts.append(subject.tokenizer.decode(text.ids[text.prompt_length :], skip_special_tokens=True))
+        one_by_one = (_now(subject) - start) / len(asked)
+        editor.load_state(before)
+        bank = editor.bank([outcome.state for outcome in outcomes])
+        seconds = []
+        for _ in range(options.rounds):
+            start = _now(subject)
+            together = editor.generate(
+                [prompt for _, prompt in asked],
+                adapters=bank,
+                adapter_ids=[outcome.index for outcome, _ in asked],
+                max_new_tokens=12,
+                batch_size=128,
+            )
+            seconds.append((_now(subject) - start) / len(asked))
+    same = sum(a == b for a, b in zip(texts, together, strict=True)) / len(asked)
+    return {"questions": len(asked), "plain": one_by_one, "ours": median(seconds), "same": same}
+
+
+# -- the curve over slots ----------------------------------------------------------------------------------------------
+
+
+def report_slots(subject: Subject, options: argparse.Namespace, console: Console) -> None:
+    rows, raw = [["task", "edits abreast", "s/edit", "ms/step of an edit"]], []
+    for task in options.tasks:
+        for slots in options.slots:
+            runs = [
+                edit_ours(subject, "single", task, options.requests, EngineOptions(slots=slots))
+                for _ in range(options.rounds)
+            ]
+            seconds = median(t.seconds / t.edits for t in runs)
+            step = median(t.seconds / t.steps for t in runs)
+            raw.append({"task": task, "slots": slots, "seconds_per_edit": seconds, "rounds": [vars(t) for t in runs]})
+            rows.append([task, str(slots), f"{seconds:.4f}", f"{step * 1e3:.2f}"])
+            console.print(f"{task}, {slots} abreast: {seconds:.4f} s an edit", style="dim")
+    show(rows, console)
+    about = {**provenance(subject.model.device), "subject": subject.name}
+    name = f"edit_throughput_slots_{subject.name}_{subject.model.device.type}"
+    (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(markdown(rows, about))
+    draw_curve(raw, options.out / f"{name}.png", subject)
+    console.print(f"Saved: {options.out / name}.md")
+
+
+def draw_curve(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for task in dict.fromkeys(line["task"] for line in raw):
+        lines = [line for line in raw if line["task"] == task]
+        axes.plot([line["slots"] for line in lines], [1 / line["seconds_per_edit"] for line in lines], "o-", label=task)
+    axes.set(xscale="log", xlabel="single edits abreast", ylabel="edits a second", title=f"{subject.name}")
+    axes.set_xticks([line["slots"] for line in raw], [str(line["slots"]) for line in raw])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def removed(editor: BaftEditor) -> Iterator[None]:
+    """Take an editor off its model at the end."""
+    try:
+        yield
+    finally:
+        editor.remove()
+
+
+def show(rows: list[list[str]], console: Console) -> None:
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _plain(text: Encoded) -> Text:
+    return Text(text.ids, text.prompt_length)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _now(subject: Subject) -> float:
+    if subject.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
