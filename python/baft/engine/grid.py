@@ -1,8 +1,9 @@
 """Lays texts out on a grid of tokens: several short ones side by side in a row, so that little of it is padding.
 
-Attention doesn't cross from one text to the next, because their positions start anew: transformers builds its masks so,
-for causal and sliding layers alike, when it is given positions and no mask. A model that doesn't (OPT derives its
-positions from the mask) gets one text a row, padded on the right.
+Positions start anew with each text, and attention doesn't cross from one to the next: the mask says so, [G, 1, W, W].
+Models with layers that see less than the whole text, or with kernels that take no such mask, build their own masks from
+the positions, as transformers does when it is given no mask. A model that can do neither gets one text a row, padded on
+the right.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Grid:
     Attributes:
         ids: the tokens, [G, W].
         positions: of each token in its text, [G, W]; None where there is one text a row.
-        attention_mask: 1 at tokens, [G, W], where there is one text a row; None otherwise.
+        attention_mask: what the model is given: 1 at tokens, [G, W], where there is one text a row; what is added to
+            attention's scores, [G, 1, W, W]; or None, and the model makes its own.
         sets: of each row the parameter set that edits it, [G].
         edited: the rows that interventions edit, boolean [G, W], or None for all.
         starts: the first cell of each text.
@@ -72,6 +74,7 @@ def lay_out(
     pad_id: int,
     device: torch.device,
     side_by_side: bool,
+    masked_in: torch.dtype | None = None,
 ) -> Grid:
     """Lay ``texts`` out on a grid.
 
@@ -80,6 +83,7 @@ def lay_out(
         positions: which of their tokens are edited.
         pad_id: the token at padding.
         side_by_side: several texts in a row; False gives each a row of its own.
+        masked_in: the dtype of the mask between texts that lie side by side; None makes none.
 
     Raises:
         ValueError: for ``positions="subject"`` where a text's subject isn't known.
@@ -94,8 +98,10 @@ def lay_out(
     ids, mask = [pad_id] * (rows * width), [0] * (rows * width)
     of_row, ends = [0] * rows, [0] * rows
     numbers = list(range(width))
-    at = [0] * (rows * width)
-    for text, length, (row, column), start, chosen in zip(texts, lengths, places, starts, sets, strict=True):
+    at, of_text = [0] * (rows * width), [-1] * (rows * width)
+    for number, (text, length, (row, column), chosen) in enumerate(zip(texts, lengths, places, sets, strict=True)):
+        start = starts[number]
+        of_text[start : start + length] = [number] * length
         ids[start : start + length] = text.ids
         mask[start : start + length] = [1] * length
         at[start : start + length] = numbers[:length]
@@ -112,15 +118,24 @@ def lay_out(
     def grid(values: list[int]) -> Tensor:
         return torch.tensor(values).view(rows, width).to(device)
 
+    attention_mask = None if side_by_side else grid(mask)
+    if side_by_side and masked_in is not None:
+        attention_mask = _apart(grid(of_text), masked_in)
     return Grid(
         ids=grid(ids),
         positions=grid(at) if side_by_side else None,
-        attention_mask=None if side_by_side else grid(mask),
+        attention_mask=attention_mask,
         sets=torch.tensor(of_row).to(device),
         edited=edited,
         starts=starts,
         tokens=sum(lengths),
     )
+
+
+def _apart(of_text: Tensor, dtype: torch.dtype) -> Tensor:
+    """What added to attention's scores lets each token see its text up to itself: [G, W] -> [G, 1, W, W]."""
+    seen = (of_text.unsqueeze(-1) == of_text.unsqueeze(-2)).tril()
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _width(lengths: Sequence[int], sets: Sequence[int]) -> int:

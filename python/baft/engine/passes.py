@@ -155,7 +155,15 @@ class Passes:
             pad_id=self.encoder.pad_id,
             device=self.model.device,
             side_by_side=self._side_by_side,
+            masked_in=self.model.dtype if self._takes_mask(max(len(text.ids) for text in texts)) else None,
         )
+
+    def _takes_mask(self, longest: int) -> bool:
+        """Whether the model can be given the mask between texts: every layer's mask is then that one."""
+        config = self.model.config.get_text_config(decoder=True)
+        windows = [value for name, value in vars(config).items() if "window" in name or "chunk" in name]
+        sees_all = all(window >= longest for window in windows if isinstance(window, int) and window > 0)
+        return sees_all and config._attn_implementation in ("sdpa", "eager")
 
     @torch.no_grad()
     def _keeps_texts_apart(self) -> bool:
