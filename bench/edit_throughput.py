@@ -139,19 +139,22 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
             raw.append({"sections": variant, "task": task, "seconds": seconds})
             total = sum(seconds.values())
             shares.append([task, variant, *(f"{seconds.get(name, 0.0) / total:.0%}" for name in SECTIONS)])
-    asked = compare_asking(subject, options)
-    raw.append({"asking": asked})
+    asked = ""
+    if not subject.overrides:
+        answers = compare_asking(subject, options)
+        raw.append({"asking": answers})
+        asked = (
+            f"{answers['questions']} questions of edited models: {answers['plain'] * 1e3:.1f} ms each one by one, "
+            f"{answers['ours'] * 1e3:.2f} ms side by side, {answers['plain'] / answers['ours']:.1f} times as fast; "
+            f"{answers['same']:.0%} of the answers are the same text.\n"
+        )
     show(rows, console)
     show(shares, console)
-    console.print(
-        f"Asking {asked['questions']} questions of edited models: {asked['plain'] * 1e3:.1f} ms each one by one, "
-        f"{asked['ours'] * 1e3:.2f} ms side by side: {asked['plain'] / asked['ours']:.1f} times; "
-        f"{asked['same']:.0%} of the texts are equal"
-    )
+    console.print(asked, end="")
     about = {**provenance(subject.model.device), "subject": subject.name, "overrides": subject.overrides}
     name = f"edit_throughput_{subject.name}_{subject.model.device.type}"
     (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(markdown(rows, about) + "\n" + markdown(shares, about))
+    (options.out / f"{name}.md").write_text("\n".join([markdown(rows, about), markdown(shares, about), asked]))
     console.print(f"Saved: {options.out / name}.md")
 
 

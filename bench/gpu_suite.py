@@ -278,6 +278,18 @@ def retraction(stage: Stage) -> str:
     return f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as torch's parametrization"
 
 
+def edit_throughput(stage: Stage) -> str:
+    """Edits a second at a real model's shape: bench/edit_throughput.py."""
+    shape = "tiny" if stage.rehearsal else "llama-2-7b"
+    size = "--requests 2 --plain-requests 1 --rounds 1" if stage.rehearsal else "--requests 64 --plain-requests 1"
+    arguments = f"--shape {shape} --tasks edit --rounds 1 {size}".split()
+    stage.program("script", "edit_throughput.py", stage.results, *arguments)
+    path = stage.results / f"edit_throughput_{shape}_{device().type}.json"
+    rows = stage.numbers["rows"] = json.loads(path.read_text())["rows"]
+    ours = [row for row in rows if row.get("variant") == "ours"]
+    return ", ".join(f"{row['mode']} {row['seconds_per_edit']:.3f} s an edit" for row in ours)
+
+
 class Step(NamedTuple):
     """A step, its part of the time (what it leaves goes to those after it), and what it imports beside torch."""
 
@@ -299,6 +311,7 @@ STEPS = (
     Step("roofline", 30, partial(roofline, "roofline", "--r 16 --no-compile"), ("rich", "matplotlib")),
     Step("roofline_ranks", 45, partial(roofline, "roofline_ranks", "--r 8 32 --no-compile"), ("rich", "matplotlib")),
     Step("retraction", 15, retraction, ("rich",)),
+    Step("edit_throughput", 60, edit_throughput, ("rich", "transformers", "yaml", "pydantic")),
     # The rivals' own compiling takes longest, and what is above doesn't need it.
     Step("roofline_compiled", 40, partial(roofline, "roofline_compiled", "--r 16"), ("rich", "matplotlib")),
 )

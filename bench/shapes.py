@@ -9,12 +9,22 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Co
 
 from baft.datasets.factworld import FactWorld
 from baft.requests import EditRequest
-from baft.testbed.training import _train_tokenizer
+from baft.testbed.training import train_tokenizer
 
 __all__ = ["SHAPES", "build"]
 
-# Widths, depths and heads as in the published configurations of these models.
+# Widths, depths and heads as in the published configurations of these models; "tiny" is to try the benchmark out.
 SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
+    "tiny": (
+        LlamaConfig,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "vocab_size": 1200,
+        },
+    ),
     "llama-2-7b": (
         LlamaConfig,
         {
@@ -73,8 +83,8 @@ def build(shape: str, requests: int) -> tuple[Any, Any, list[EditRequest], list[
         model = AutoModelForCausalLM.from_config(config_class(**sizes), dtype=torch.bfloat16)
     world = FactWorld()
     texts = list(world.unrelated())
-    tokenizer = _train_tokenizer(texts, 1200)
+    tokenizer = train_tokenizer(texts, 1200)
     depth = sizes["num_hidden_layers"]
     layers = tuple(layer * depth // 32 for layer in (9, 18, 24, 28))
     overrides = {"rank": 12, "layers": layers, "max_steps": 25, "stop_below": 0.0}
-    return model.eval(), tokenizer, world.requests()[:requests], texts[:2048], overrides
+    return model.eval(), tokenizer, world.requests(requests), texts[:2048], overrides

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from baft.requests import Probe
 
-__all__ = ["Knowledge", "OnProgress", "TestbedRecipe", "TrainingReport", "recall", "train_testbed"]
+__all__ = ["Knowledge", "OnProgress", "TestbedRecipe", "TrainingReport", "recall", "train_testbed", "train_tokenizer"]
 
 
 OnProgress = Callable[[int, int, float, float], None]
@@ -87,7 +87,7 @@ def train_testbed(
     draw = random.Random(f"testbed-{recipe.seed}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        tokenizer = _train_tokenizer([text for _ in range(8) for text in knowledge.corpus(draw)], recipe.vocabulary)
+        tokenizer = train_tokenizer([text for _ in range(8) for text in knowledge.corpus(draw)], recipe.vocabulary)
         model = _fresh_model(recipe, tokenizer)
         steps, known = _train(model, tokenizer, knowledge, recipe, draw, on_progress)
     report = TrainingReport(model.num_parameters(), steps, time.perf_counter() - start, known)
@@ -195,8 +195,8 @@ def _pad(ids: list[list[int]], labels: list[list[int]], pad_id: int) -> tuple[Te
     )
 
 
-def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text can be encoded, with a BOS token in front as Llama's tokenizers have."""
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of ``texts``: byte-level BPE, so that any text can be encoded, with BOS in front as Llama's have."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
