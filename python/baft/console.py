@@ -92,11 +92,16 @@ class Console:
         results = report.results
         self._said(report)
         self.metrics(results["metrics"], f"{results['edits']} edits, {results['protocol']['mode']}")
-        timing, memory = results["timing"], results["memory"]
+        timing, memory, training = results["timing"], results["memory"], results["training"]
+        left = results["edits"] - training["converged"]
+        if left:
+            worse = f", {training['diverged']} of them without a finite loss" if training["diverged"] else ""
+            self.say(f"{left} edits used up their steps before their loss was low enough{worse}")
         self.say(
             f"{timing['seconds_per_edit']:.2f} s an edit ({timing['steps']} steps), "
             f"{timing['total_seconds']:.0f} s in all, {memory['bytes_per_edit'] / 1024:.1f} KiB an edit, "
-            f"{memory['peak_bytes']['process'] / 2**20:.0f} MiB at most; backend {results['backend']}"
+            f"{memory['peak_bytes']['process'] / 2**20:.0f} MiB at most; backend {results['backend']}, "
+            f"{results['engine']['padding']:.0%} of what it computed was padding"
         )
         self.say(f"Picture: {folder.picture}\nFigures: {folder.results}\nTexts:   {folder.edits}")
 

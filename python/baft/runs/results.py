@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -46,7 +47,8 @@ class EditRecord:
                 "converged": self.curve.converged,
                 "diverged": self.curve.diverged,
                 "seconds": round(self.curve.seconds, 4),
-                "losses": [round(loss, 5) for loss in self.curve.losses],
+                # JSON knows no NaN: a loss that is none is null.
+                "losses": [round(loss, 5) if math.isfinite(loss) else None for loss in self.curve.losses],
             },
             "immediate": [_probe_as_json(result) for result in self.immediate],
             "final": [_probe_as_json(result) for result in self.final],

@@ -106,6 +106,10 @@ def run_edits(
             "total_seconds": time.perf_counter() - start,
             "steps": run.steps,
         },
+        "training": {
+            "converged": sum(record.curve.converged for record in records),
+            "diverged": sum(record.curve.diverged for record in records),
+        },
         "engine": editor.engine_report(),
         "memory": {"peak_bytes": peak_memory_bytes(), "bytes_per_edit": _adapter_bytes(editor, mode, len(requests))},
     }
