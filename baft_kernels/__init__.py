@@ -7,6 +7,7 @@ It imports torch and nothing else; the editing pipeline is the package ``baft``.
 
 from baft_kernels.functional import baft, baft_, grouped_baft
 from baft_kernels.modules import BaftIntervention, GroupedBaftIntervention
+from baft_kernels.packing import repack
 from baft_kernels.reference import BaftOutput
 from baft_kernels.stiefel import (
     orthonormal_basis,
@@ -30,6 +31,7 @@ __all__ = [
     "orthonormal_basis",
     "orthonormality_error",
     "project_to_tangent",
+    "repack",
     "retract_",
     "retract_after_step",
     "retract_all_",

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from baft_kernels.backends import candidates
+from baft_kernels.packing import repack
 
 __all__ = [
     "ITERATIONS",
@@ -159,6 +160,9 @@ def retract_after_step(
 ) -> list[RemovableHandle]:
     """Keep ``bases`` orthonormal under any torch optimiser: retract each after every ``optimizer.step()``.
 
+    Then what was packed of their layers is renewed, too: see ``packing.repack``. A parameter that another optimiser
+    changes later is noticed as ever.
+
     Args:
         optimizer: the optimiser that updates the bases.
         bases: parameters [r, d].
@@ -178,6 +182,7 @@ def retract_after_step(
 
     def retract(*_: object) -> None:
         retract_all_(bases, backend=backend)
+        repack(bases)
 
     handles = [optimizer.register_step_post_hook(retract)]
     if project_gradients:

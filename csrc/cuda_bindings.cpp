@@ -40,6 +40,8 @@ Value* pointer_to(const std::optional<Tensor>& x, ScalarType type, int64_t count
   return x ? pointer_to<Value>(*x, type, count) : nullptr;
 }
 
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
 // Words of packed parameters: a quarter of the numbers' rows for each of 32 lanes and every 16 columns.
 uint32_t* words_of(const std::optional<Tensor>& x, int64_t sets, int64_t rows, int64_t width) {
   return pointer_to<uint32_t>(x, ScalarType::Int, sets * width * rows / 2);
@@ -191,28 +193,38 @@ void retract(const std::vector<Tensor>& bases, const Tensor& distances, int64_t 
       static_cast<int>(iterations), static_cast<float>(near), stream_of(distances)));
 }
 
-void pack(const Tensor& basis, const Tensor& source, const Tensor& source_bias, const std::optional<Tensor>& gate,
-          const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& forward_projection,
-          const std::optional<Tensor>& forward_basis, const std::optional<Tensor>& backward_basis,
-          const std::optional<Tensor>& backward_projection, const std::optional<Tensor>& bias, bool half) {
-  STD_TORCH_CHECK(basis.dim() == 3, "expected parameter sets [N, r, d]");
-  const int64_t sets = basis.size(0), rank = basis.size(1), width = basis.size(2), count = sets * rank * width;
-  baft::cuda::Pack layer{};
-  layer.basis = pointer_to<float>(basis, ScalarType::Float, count);
-  layer.source = pointer_to<float>(source, ScalarType::Float, count);
-  layer.source_bias = pointer_to<float>(source_bias, ScalarType::Float, sets * rank);
-  layer.gate = pointer_to<float>(gate, ScalarType::Float, count);
-  layer.gate_bias = pointer_to<float>(gate_bias, ScalarType::Float, sets * rank);
-  layer.sets = sets;
-  layer.rank = rank;
-  layer.width = width;
-  layer.padded_rank = baft::cuda::padded_rank(rank);
-  layer.forward_projection = words_of(forward_projection, sets, 2 * layer.padded_rank, width);
-  layer.forward_basis = words_of(forward_basis, sets, layer.padded_rank, width);
-  layer.backward_basis = words_of(backward_basis, sets, layer.padded_rank, width);
-  layer.backward_projection = words_of(backward_projection, sets, 2 * layer.padded_rank, width);
-  layer.bias = pointer_to<float>(bias, ScalarType::Float, sets * 2 * rank);
-  check_launch(baft::cuda::launch_pack(&layer, 1, half ? Dtype::float16 : Dtype::bfloat16, stream_of(basis)));
+void pack(const std::vector<Tensor>& basis, const std::vector<Tensor>& source, const std::vector<Tensor>& source_bias,
+          const OptionalTensors& gate, const OptionalTensors& gate_bias, const OptionalTensors& forward_projection,
+          const OptionalTensors& forward_basis, const OptionalTensors& bias, const OptionalTensors& backward_basis,
+          const OptionalTensors& backward_projection, bool half) {
+  const size_t count = basis.size();
+  STD_TORCH_CHECK(count > 0, "expected layers to pack");
+  for (const size_t size : {source.size(), source_bias.size(), gate.size(), gate_bias.size(), forward_projection.size(),
+                            forward_basis.size(), bias.size(), backward_basis.size(), backward_projection.size()})
+    STD_TORCH_CHECK(size == count, "expected lists of one length");
+  std::vector<baft::cuda::Pack> layers(count);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(basis[i].dim() >= 2, "expected parameters [r, d], or sets of them [N, r, d]");
+    baft::cuda::Pack& layer = layers[i];
+    const int64_t numbers = basis[i].numel(), rank = basis[i].size(-2), width = basis[i].size(-1);
+    const int64_t sets = numbers / (rank * width);
+    layer.basis = pointer_to<float>(basis[i], ScalarType::Float, numbers);
+    layer.source = pointer_to<float>(source[i], ScalarType::Float, numbers);
+    layer.source_bias = pointer_to<float>(source_bias[i], ScalarType::Float, sets * rank);
+    layer.gate = pointer_to<float>(gate[i], ScalarType::Float, numbers);
+    layer.gate_bias = pointer_to<float>(gate_bias[i], ScalarType::Float, sets * rank);
+    layer.sets = sets;
+    layer.rank = rank;
+    layer.width = width;
+    layer.padded_rank = baft::cuda::padded_rank(rank);
+    layer.forward_projection = words_of(forward_projection[i], sets, 2 * layer.padded_rank, width);
+    layer.forward_basis = words_of(forward_basis[i], sets, layer.padded_rank, width);
+    layer.backward_basis = words_of(backward_basis[i], sets, layer.padded_rank, width);
+    layer.backward_projection = words_of(backward_projection[i], sets, 2 * layer.padded_rank, width);
+    layer.bias = pointer_to<float>(bias[i], ScalarType::Float, sets * 2 * rank);
+  }
+  check_launch(baft::cuda::launch_pack(layers.data(), static_cast<int>(count), half ? Dtype::float16 : Dtype::bfloat16,
+                                       stream_of(basis[0])));
 }
 
 } // namespace
@@ -257,6 +269,6 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, method
 
 PyMODINIT_FUNC PyInit__cuda() {
   PyObject* made = PyModule_Create(&module);
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 2); // see cpu_bindings.cpp
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 3); // see cpu_bindings.cpp
   return made;
 }

@@ -5,6 +5,7 @@ What the kernels compute is the subject of test_cuda_forward, _decode, _backward
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from importlib.machinery import ExtensionFileLoader
@@ -29,6 +30,7 @@ from baft_kernels import (
     orthonormal_basis,
     orthonormality_error,
     retract_,
+    retract_after_step,
     retract_all_,
 )
 from baft_kernels.backends import FUSED, cuda, resolve_backend
@@ -87,6 +89,19 @@ def on_cuda(*arguments: Any, **options: Any) -> BaftOutput:
     call = Call(*arguments)
     options = {"gate_fn": call.gate_fn, "positions": call.rows, "backend": "cuda"} | options
     return baft(*call[:6], return_aux=True, **options)
+
+
+def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of each call of an operator from now on."""
+    calls: list[Any] = []
+    operator = getattr(torch.ops.baft_kernels, name)
+
+    def remembered(*arguments: Any) -> None:
+        calls.append(arguments)
+        operator(*arguments)
+
+    monkeypatch.setattr(torch.ops.baft_kernels, name, remembered)
+    return calls
 
 
 # -- accuracy --
@@ -206,6 +221,41 @@ def test_a_module_trains_on_it() -> None:
         losses.append(of_steps)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_a_step_packs_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [
+        BaftIntervention(256, 12, backend="cuda"),
+        BaftIntervention(256, 9, gate_fn="none", backend="cuda"),
+        BaftIntervention(128, 5, gate_fn="softmax", dtype=torch.float64, backend="cuda"),
+    ]
+    hs = [torch.randn(20, layer.embed_dim, dtype=torch.bfloat16) for layer in layers]
+    launches = calls_of("cuda_pack", monkeypatch)
+
+    def gradients(of: list[BaftIntervention]) -> list[Tensor]:
+        losses = [layer(h).float().square().mean() for layer, h in zip(of, hs, strict=True)]
+        pairs = zip(losses, of, strict=True)
+        return [gradient for loss, layer in pairs for gradient in torch.autograd.grad(loss, list(layer.parameters()))]
+
+    def memory() -> set[int]:
+        return {form.data_ptr() for call in launches for forms in call[5:10] for form in forms if form is not None}
+
+    gradients(layers)
+    assert [len(call[0]) for call in launches] == [1] * 6
+    first = memory()
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+    retract_after_step(optimizer, [layer.basis for layer in layers], backend="cuda")
+    for _ in range(2):
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.grad = 0.1 * torch.randn_like(parameter)
+        launches.clear()
+        optimizer.step()
+        found = gradients(layers)
+        assert [len(call[0]) for call in launches] == [3]
+        assert memory() == first
+        for actual, expected in zip(found, gradients(copy.deepcopy(layers)), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_bases_near_and_far_are_retracted() -> None:

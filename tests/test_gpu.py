@@ -25,6 +25,7 @@ from baft_kernels import (
     grouped_baft,
     orthonormal_basis,
     orthonormality_error,
+    repack,
     retract_,
     retract_all_,
 )
@@ -308,6 +309,24 @@ def test_a_training_step_in_a_graph_sees_new_parameters(backend: str) -> None:
         graph.replay()
         expected = step(layers[1], optimizers[1])
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cuda"])  # the others' packs don't stay in their memory
+def test_a_graph_reads_what_is_packed_again(backend: str) -> None:
+    call = draw_call((5,), 2048, 16, dtype=torch.bfloat16).to(GPU)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(2):
+            baft(*call[:6], backend=backend)
+        with torch.cuda.graph(graph, stream=stream):
+            out = baft(*call[:6], backend=backend)
+        for _ in range(3):
+            call.source.add_(0.1)
+            repack([call.basis])
+            graph.replay()
+            fresh = [value.clone() for value in call[1:6] if value is not None]
+            assert torch.equal(out, baft(call.h, *fresh, backend=backend))
 
 
 @every_backend

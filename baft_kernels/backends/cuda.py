@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from baft_kernels.backends.protocol import Backend
 from baft_kernels.backends.unfused import as_mask
-from baft_kernels.packing import Parameters, packed
+from baft_kernels.packing import Held, Parameters, packed
 
 __all__ = ["CudaBackend"]
 
 # As in csrc/cuda/kernels.h; the last is of the calls below, and csrc/cuda_bindings.cpp must have the same.
 _GATES = ("sigmoid", "softmax", "none")
-_INTERFACE = 2
+_INTERFACE = 3
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -35,9 +35,9 @@ _library.define(
 )
 _library.define("cuda_retract(Tensor(a!)[] bases, Tensor(b!) distances, int iterations, float near) -> ()")
 _library.define(
-    "cuda_pack(Tensor basis, Tensor source, Tensor source_bias, Tensor? gate, Tensor? gate_bias,"
-    " Tensor(a!)? forward_projection, Tensor(b!)? forward_basis, Tensor(c!)? backward_basis,"
-    " Tensor(d!)? backward_projection, Tensor(e!)? bias, bool half) -> ()"
+    "cuda_pack(Tensor[] basis, Tensor[] source, Tensor[] source_bias, Tensor?[] gate, Tensor?[] gate_bias,"
+    " Tensor(a!)?[] forward_projection, Tensor(b!)?[] forward_basis, Tensor(c!)?[] bias,"
+    " Tensor(d!)?[] backward_basis, Tensor(e!)?[] backward_projection, bool half) -> ()"
 )
 
 
@@ -74,16 +74,13 @@ class _BackwardPack(NamedTuple):
     projection: Tensor
 
 
-def _pack_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
-    projection, basis, bias = _words(parameters, 2), _words(parameters, 1), _biases(parameters)
-    _pack(parameters, (projection, basis, None, None, bias), dtype)
-    return _ForwardPack(projection, basis, bias)
+def _room_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
+    biases = parameters.basis.new_empty(_sets(parameters), 2 * parameters.basis.shape[-2], dtype=torch.float32)
+    return _ForwardPack(_words(parameters, 2), _words(parameters, 1), biases)
 
 
-def _pack_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
-    basis, projection = _words(parameters, 1), _words(parameters, 2)
-    _pack(parameters, (None, None, basis, projection, None), dtype)
-    return _BackwardPack(basis, projection)
+def _room_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
+    return _BackwardPack(_words(parameters, 1), _words(parameters, 2))
 
 
 def _words(parameters: Parameters, matrices: int) -> Tensor:
@@ -93,15 +90,33 @@ def _words(parameters: Parameters, matrices: int) -> Tensor:
     return parameters.basis.new_empty(words, dtype=torch.int32)
 
 
-def _biases(parameters: Parameters) -> Tensor:
-    return parameters.basis.new_empty(_sets(parameters), 2 * parameters.basis.shape[-2], dtype=torch.float32)
+@torch.no_grad()
+def _fill(held: Sequence[Held]) -> None:
+    """Pack: all layers of a device and dtype in one launch, forward and backward."""
+    launches: dict[tuple[torch.device, torch.dtype], dict[tuple[int, ...], list[Tensor | None]]] = {}
+    for parameters, dtype, pack in held:
+        layers = launches.setdefault((parameters.basis.device, dtype), {})
+        which = tuple(map(id, parameters))
+        if which not in layers:
+            layers[which] = [*_floats(parameters), *[None] * 5]
+        layer = layers[which]
+        if isinstance(pack, _ForwardPack):
+            layer[5:8] = pack
+        else:
+            layer[8:] = pack
+    for (_, dtype), layers in launches.items():
+        columns = [list(column) for column in zip(*layers.values(), strict=True)]
+        with torch.cuda.device_of(columns[0][0]):
+            torch.ops.baft_kernels.cuda_pack(*columns, dtype == torch.float16)
 
 
-def _pack(parameters: Parameters, to: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
-    """Pack into what of ``to`` there is."""
-    floats = Parameters(*(None if v is None else v.detach().float().contiguous() for v in parameters))  # type: ignore[arg-type]
-    with torch.cuda.device_of(parameters.basis):
-        torch.ops.baft_kernels.cuda_pack(*_with_sets(floats), *to, dtype == torch.float16)
+def _floats(parameters: Parameters) -> Iterator[Tensor | None]:
+    """As the kernel reads them, float32 without gaps: mostly as they are."""
+    for value in parameters:
+        if value is None or (value.dtype == torch.float32 and value.is_contiguous()):
+            yield value
+        else:
+            yield value.float().contiguous()
 
 
 def _sets(parameters: Parameters) -> int:
@@ -183,7 +198,7 @@ class CudaBackend(Backend):
             out = h.new_empty(h.shape) if chosen.list is None else h.clone(memory_format=torch.contiguous_format)
         new = h.new_empty if chosen.list is None else h.new_zeros
         weights, update = (new(h.shape[0], parameters.basis.shape[-2], dtype=torch.float32) for _ in range(2))
-        pack = packed(_pack_forward, parameters, h.dtype)
+        pack = packed(_room_forward, parameters, h.dtype, _fill)
         with torch.cuda.device_of(h):
             torch.ops.baft_kernels.cuda_forward(h, out, weights, update, *chosen, *pack, _GATES.index(gate_fn))
         return out, weights, update
@@ -220,7 +235,7 @@ class CudaBackend(Backend):
                 weights.contiguous(),
                 update.contiguous(),
                 *chosen,
-                *packed(_pack_backward, parameters, h.dtype),
+                *packed(_room_backward, parameters, h.dtype, _fill),
                 _GATES.index(gate_fn),
                 of_h,
                 *(partial or (None, None, None)),

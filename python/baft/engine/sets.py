@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from baft.config import BaftConfig
-from baft_kernels import BaftIntervention, GroupedBaftIntervention, project_to_tangent, retract_all_
+from baft_kernels import BaftIntervention, GroupedBaftIntervention, project_to_tangent, repack, retract_all_
 
 __all__ = ["ParameterSets"]
 
@@ -102,6 +102,7 @@ class ParameterSets:
             leaf.grad = None
         bases = [value[k] for name, value in self._values.items() if _is_basis(name) for k in sets]
         retract_all_(bases, backend=config.backend)
+        repack(intervention.basis for intervention in self.interventions.values())
 
     def are_identity(self) -> bool:
         """Whether no set edits anything: sources equal bases, biases are 0."""
