@@ -92,7 +92,7 @@ baft::cuda::Rows rows_of(const std::optional<Tensor>& list, const std::optional<
 void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
              const std::optional<Tensor>& list, const std::optional<Tensor>& mask,
              const std::optional<Tensor>& adapters, const Tensor& projection, const Tensor& basis, const Tensor& bias,
-             int64_t gate) {
+             int64_t gate, bool settled) {
   const int64_t total = h.size(0), width = h.size(1), rank = update.size(1), sets = bias.size(0);
   const int64_t padded = baft::cuda::padded_rank(rank);
   check_matrix(h, total, width);
@@ -106,6 +106,7 @@ void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Te
   call.rows = rows_of(list, mask, adapters, total);
   call.rank = static_cast<int>(rank);
   call.gate = static_cast<Gate>(gate);
+  call.settled = settled;
   call.projection = words_of(projection, sets, 2 * padded, width);
   call.basis = words_of(basis, sets, padded, width);
   call.bias = pointer_to<float>(bias, ScalarType::Float, sets * 2 * rank);

@@ -11,6 +11,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +55,15 @@ class Forward(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("h_stride", "out_stride")),
         ("rows", Rows),
         *((name, ctypes.c_int) for name in ("rank", "gate")),
+        ("settled", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("projection", "basis", "bias", "weights", "update")),
     ]
+
+
+class Unfinished(ctypes.Structure):
+    """What a kernel that still runs writes, and what lies there until it has ended."""
+
+    _fields_ = [("at", ctypes.c_void_p), ("before", ctypes.c_void_p), ("bytes", ctypes.c_int64)]
 
 
 class Backward(ctypes.Structure):
@@ -241,11 +249,23 @@ def forward_decode(
     adapters: Tensor | None = None,
     out: Tensor | None = None,
     tile_rows: int | None = None,
+    settled: bool = False,
+    unfinished: Sequence[tuple[Tensor, Tensor]] = (),
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, w and u by the kernel for few rows: a cluster for each ``tile_rows`` of them, or for as many as it can."""
-    call, out, weights, update = _forward(h, parameters, rank, gate_fn, rows, adapters, out)
-    arguments = (shape.number, tile_rows or shape.rows, ctypes.c_uint64(seed))
+    """out, w and u by the kernel for few rows: a cluster for each ``tile_rows`` of them, or for as many as it can.
+
+    With ``unfinished``, the kernel begins while the previous one still runs, which writes these tensors: the second of
+    each pair is what lies in the first until it has ended. The memory of the results is the previous one's as well.
+    """
+    call, out, weights, update = _forward(h, parameters, rank, gate_fn, rows, adapters, out, settled)
+    if unfinished:
+        results = (weights, update) if out.data_ptr() == h.data_ptr() else (out, weights, update)
+        unfinished = [*unfinished, *((result, torch.zeros_like(result)) for result in results)]
+    table = (Unfinished * len(unfinished))(
+        *(Unfinished(now.data_ptr(), before.data_ptr(), now.numel() * now.itemsize) for now, before in unfinished)
+    )
+    arguments = (shape.number, tile_rows or shape.rows, table, len(unfinished), ctypes.c_uint64(seed))
     run(library("decode").emulate_forward_decode, ctypes.byref(call), *arguments)
     return out, weights, update
 
@@ -258,6 +278,7 @@ def _forward(
     rows: Tensor | None,
     adapters: Tensor | None,
     out: Tensor | None,
+    settled: bool = False,
 ) -> tuple[Forward, Tensor, Tensor, Tensor]:
     """A call and where its results go; NaN wherever a kernel has to write."""
     total = h.shape[0]
@@ -270,7 +291,7 @@ def _forward(
     items = total if listed is None else listed.shape[0]
     which = Rows(pointer(listed), pointer(mask), pointer(adapters), sequences, items // sequences)
     call = Forward(
-        h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), which, rank, GATES.index(gate_fn),
+        h.data_ptr(), out.data_ptr(), h.stride(0), out.stride(0), which, rank, GATES.index(gate_fn), settled,
         *map(pointer, (parameters.forward_projection, parameters.forward_basis, parameters.bias, weights, update)),
     )  # fmt: skip
     return call, out, weights, update

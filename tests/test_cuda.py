@@ -29,6 +29,7 @@ from baft_kernels import (
     grouped_baft,
     orthonormal_basis,
     orthonormality_error,
+    repack,
     retract_,
     retract_after_step,
     retract_all_,
@@ -256,6 +257,39 @@ def test_a_step_packs_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) 
         assert memory() == first
         for actual, expected in zip(found, gradients(copy.deepcopy(layers)), strict=True):
             assert torch.equal(actual, expected)
+
+
+def test_a_kernel_reads_parameters_early_only_if_they_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = draw_call((5,), 256, 12, dtype=torch.bfloat16)
+    none = call.h[:0]
+    launches = calls_of("cuda_forward", monkeypatch)
+
+    def assert_right(*, settled: bool) -> None:
+        fresh = [value.clone() for value in call[1:6] if value is not None]
+        assert torch.equal(baft(*call[:6], backend="cuda"), baft(call.h, *fresh, backend="cuda"))
+        assert [arguments[-1] for arguments in launches] == [settled, False]
+        launches.clear()
+
+    assert_right(settled=False)
+    assert_right(settled=True)
+    call.source.add_(1)
+    assert_right(settled=False)
+    assert_right(settled=True)
+    call.basis.add_(0.1)
+    repack([call.basis])
+    assert not baft(none, *call[1:6], backend="cuda").numel()  # launches nothing that could have waited
+    launches.clear()
+    assert_right(settled=False)
+    assert_right(settled=True)
+    call.basis.add_(0.1)
+    with monkeypatch.context() as captured:
+        captured.setattr(cuda, "_is_captured", lambda x: True)  # into a graph, which runs later
+        assert_right(settled=False)
+    assert_right(settled=False)
+    sets = test_grouped.draw((3, 2), 256, 12, 2, dtype=torch.bfloat16)
+    for _ in range(2):
+        grouped_baft(*sets[:6], torch.tensor([0, 1, 0]), backend="cuda")
+    assert [arguments[-1] for arguments in launches] == [False, False]  # the adapters may be new
 
 
 def test_bases_near_and_far_are_retracted() -> None:

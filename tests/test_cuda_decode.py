@@ -150,6 +150,39 @@ def test_in_place_other_rows_are_not_even_written() -> None:
         assert torch.equal(h[:1], expected)
 
 
+# -- launched before the previous kernel has ended --
+
+
+@every_shape
+@pytest.mark.parametrize("settled", [True, False])
+@pytest.mark.parametrize("chosen", [None, *POSITIONS.values()], ids=["all", *POSITIONS])
+def test_what_the_previous_kernel_writes_is_waited_for(shape: DecodeShape, settled: bool, chosen: Any) -> None:
+    rows = torch.rand(19) < 0.4
+    call, parameters = draw(shape, 19), packed(draw(shape, 19), shape)
+    positions = None if chosen is None else chosen(rows)
+    options = {"gate_fn": call.gate_fn, "rows": positions, "settled": settled}
+    expected = emulation.forward_decode(call.h, parameters, shape.rank, shape, **options)
+    for in_place in (False, True):
+        h = call.h.clone()
+        unfinished = [(h, torch.full_like(h, torch.nan))]
+        if positions is not None:
+            unfinished.append((positions, torch.zeros_like(positions)))
+        if not settled:
+            unfinished += [(value, torch.zeros_like(value)) for value in parameters]
+        results = emulation.forward_decode(
+            h, parameters, shape.rank, shape, out=h if in_place else None, unfinished=unfinished, **options
+        )
+        assert_same_bits(results, expected)
+
+
+def test_adapters_are_waited_for() -> None:
+    call = draw_grouped((5, 3), SMALL.width, 12, 3, dtype=SMALL.dtype)
+    ids = torch.tensor([2, 0, 0, 1, 2])
+    flat = call._replace(h=call.h.flatten(0, 1))
+    expected = decode(flat, SMALL, adapters=ids)
+    assert_same_bits(decode(flat, SMALL, adapters=ids, unfinished=[(ids, torch.ones_like(ids))]), expected)
+
+
 # -- a set for each sequence --
 
 

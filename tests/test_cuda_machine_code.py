@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -80,17 +81,26 @@ def kernels() -> list[Kernel]:
 
 
 @functools.cache
-def instructions() -> dict[tuple[str, str], Counter[str]]:
-    """How often each instruction stands in the kernels of an architecture, by architecture and the kernel's name."""
-    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    architecture = name = ""
+def listings() -> dict[tuple[str, str, str], list[str]]:
+    """Each kernel's instructions in their order, without operands, by architecture, name and instance."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    architecture = ""
     for line in dumped("-sass").splitlines():
         if line.startswith("arch = "):
             architecture = line.removeprefix("arch = ")
         elif "Function : " in line:
-            name = named(line.split()[-1])[0]
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", line):
-            counts[architecture, name][found[1]] += 1
+            kernel = found[(architecture, *named(line.split()[-1]))] = []
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            kernel.append(sys.intern(instruction[1]))
+    return found
+
+
+@functools.cache
+def instructions() -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction stands in the kernels of an architecture, by architecture and the kernel's name."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for (architecture, name, _), listing in listings().items():
+        counts[architecture, name].update(instruction.partition(".")[0] for instruction in listing)
     return counts
 
 
@@ -133,6 +143,26 @@ def test_the_instructions_that_matter_are_there(architecture: str, name: str) ->
         pytest.skip(f"built without {architecture}, which this nvcc doesn't know")
     missing = NEEDED[name] - counts[architecture, name].keys()
     assert missing == set()
+
+
+def test_few_rows_wait_for_the_previous_kernel_between_parameters_and_all_else() -> None:
+    for (architecture, name, instance), listing in listings().items():
+        if name != "forward_decode":
+            continue
+        where = f"{architecture} {instance}"
+        strip, rank = map(int, instance.split()[3:5])
+        # The first wait is for parameters that aren't settled, the second for everything else.
+        first, second = (place for place, instruction in enumerate(listing) if instruction == "ACQBULK")
+        ahead, between, after = (
+            [i for i in some if i.startswith("LDG")]
+            for some in (listing[:first], listing[first:second], listing[second:])
+        )
+        assert ahead == [], where
+        wide = [int(i.rpartition(".")[2]) // 32 for i in between if re.fullmatch(r"LDG\.E\.(64|128)", i)]
+        assert len(wide) == len(between), where
+        assert sum(wide) == 2 + strip // 16 * 3 * rank // 4, where  # an adapter, and 16 columns of D, G and R at a time
+        assert {"LDG.E", "LDG.E.U8"} < set(after) <= {"LDG.E", "LDG.E.U8", "LDG.E.64"}, where
+        assert listing.index("PREEXIT") > second, where
 
 
 if __name__ == "__main__":

@@ -330,6 +330,31 @@ def test_a_graph_reads_what_is_packed_again(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_calls_right_behind_the_kernels_that_write_what_they_read(rows: int, backend: str) -> None:
+    layers = [BaftIntervention(4096, 16, backend=backend).to(GPU).requires_grad_(False) for _ in range(4)]
+    hs = torch.randn(100, rows, 4096, device=GPU, dtype=torch.bfloat16)
+
+    def chained(h: Tensor, pause: Any) -> Tensor:
+        for layer in layers:
+            h = 0.9 * h
+            pause()
+            h = layer(h)
+            pause()
+            baft_(h, layer.basis, layer.source, layer.source_bias, layer.gate, layer.gate_bias, backend=backend)
+            pause()
+        return h
+
+    for _ in range(3):
+        for layer in layers:
+            layer.source += 0.1 * torch.randn_like(layer.source)
+        repack(layer.basis for layer in layers)
+        found = [chained(h, lambda: None) for h in hs]
+        for h, actual in zip(hs, found, strict=True):
+            assert torch.equal(actual, chained(h, torch.cuda.synchronize))
+
+
+@every_backend
 def test_a_graph_of_grouped_calls_sees_new_adapters(backend: str) -> None:
     call = test_grouped.draw((4, 30), 768, 8, 3, dtype=torch.bfloat16).to(GPU)
     ids = torch.tensor([0, 1, 2, 1], device=GPU)

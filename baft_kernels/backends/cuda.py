@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ _INTERFACE = 3
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
     "cuda_forward(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? list, Tensor? mask,"
-    " Tensor? adapters, Tensor projection, Tensor basis, Tensor bias, int gate) -> ()"
+    " Tensor? adapters, Tensor projection, Tensor basis, Tensor bias, int gate, bool settled) -> ()"
 )
 _library.define(
     "cuda_backward(Tensor grad_out, Tensor? grad_weights, Tensor? grad_update, Tensor h, Tensor weights, Tensor update,"
@@ -59,12 +60,17 @@ def _load() -> Any:
 _LIBRARY = _load()  # at once: not while a call is traced
 
 
-class _ForwardPack(NamedTuple):
+@dataclass
+class _ForwardPack:
     """(D, G) and R in the order in which lanes read them; b and c."""
 
-    projection: Tensor
-    basis: Tensor
-    bias: Tensor
+    tensors: tuple[Tensor, Tensor, Tensor]
+    settled: bool = False
+    """Whether a call has read it that waited for the packing to end before it let the next kernel begin.
+
+    A kernel begins after its predecessor in the stream, if not always after its end. So all that come after that call
+    may read the pack at once, without waiting for theirs, whatever kernels have come in between.
+    """
 
 
 class _BackwardPack(NamedTuple):
@@ -76,7 +82,7 @@ class _BackwardPack(NamedTuple):
 
 def _room_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
     biases = parameters.basis.new_empty(_sets(parameters), 2 * parameters.basis.shape[-2], dtype=torch.float32)
-    return _ForwardPack(_words(parameters, 2), _words(parameters, 1), biases)
+    return _ForwardPack((_words(parameters, 2), _words(parameters, 1), biases))
 
 
 def _room_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
@@ -101,7 +107,8 @@ def _fill(held: Sequence[Held]) -> None:
             layers[which] = [*_floats(parameters), *[None] * 5]
         layer = layers[which]
         if isinstance(pack, _ForwardPack):
-            layer[5:8] = pack
+            layer[5:8] = pack.tensors
+            pack.settled = False
         else:
             layer[8:] = pack
     for (_, dtype), layers in launches.items():
@@ -199,8 +206,13 @@ class CudaBackend(Backend):
         new = h.new_empty if chosen.list is None else h.new_zeros
         weights, update = (new(h.shape[0], parameters.basis.shape[-2], dtype=torch.float32) for _ in range(2))
         pack = packed(_room_forward, parameters, h.dtype, _fill)
+        settled = pack.settled and adapters is None  # a kernel may have written these just before
         with torch.cuda.device_of(h):
-            torch.ops.baft_kernels.cuda_forward(h, out, weights, update, *chosen, *pack, _GATES.index(gate_fn))
+            torch.ops.baft_kernels.cuda_forward(
+                h, out, weights, update, *chosen, *pack.tensors, _GATES.index(gate_fn), settled
+            )
+        if not pack.settled:  # without rows nothing is launched, and while a graph is captured nothing runs
+            pack.settled = chosen.items(h.shape[0]) > 0 and not _is_captured(h)
         return out, weights, update
 
     def backward(
@@ -263,6 +275,11 @@ class CudaBackend(Backend):
             if not basis.is_inference():
                 torch.autograd.graph.increment_version(basis)
         return distances
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether the kernels that are launched now become part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Rows(NamedTuple):

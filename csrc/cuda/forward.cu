@@ -18,8 +18,8 @@ const char* decode_rows(const Forward& call, void* stream) {
   // As few rows a tile as let all clusters run at once: less goes from CTA to CTA.
   const int64_t rows = (call.rows.sequences * call.rows.length + at_a_time - 1) / at_a_time;
   const ClusterTiles tiles(call.rows, static_cast<int>(rows < K::kRows ? rows : K::kRows));
-  return launch_clusters(forward_decode<K>, tiles.count(call.rows), K::kCluster, K::kThreads, K::kSharedBytes, stream,
-                         call, tiles);
+  return launch_clusters(forward_decode<K>, tiles.count(call.rows), K::kCluster, K::kThreads, K::kSharedBytes,
+                         Turn(stream, true), call, tiles);
 }
 
 template <class T, int kCluster, int kWarps, int kStrip, int kRank>

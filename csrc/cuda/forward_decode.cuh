@@ -4,7 +4,7 @@
 // lane reads its elements of the rows into registers, where the left factor of a product has them, and writes them from
 // there.
 //
-//   warps      read D, G and R of their strips and, once the previous kernel has ended, h
+//   warps      read D, G and R of their strips, and h
 //   warps      multiply their strips by (D, G), and leave partial sums
 //   reduce     a thread for each two bases of a row adds up the sums of the warps, and sends them to all CTAs
 //   gate       it adds up what all CTAs sent, in their order, and finds w and u
@@ -13,9 +13,9 @@
 // Every CTA gates all rows, in the same order and so with the same bits: one hop between CTAs is enough. The fewer rows
 // a tile has, the less it carries, so how many they are is up to the call.
 //
-// Launched as a programmatic dependent, the kernel reads all but h before the previous one has ended. That is right
-// only if no kernel that may still run writes the parameters or the arrays of Rows; launch it in the usual way if one
-// may. No flag could make it wait sooner: constants are loaded when compiler and machine see fit, also ahead of a wait.
+// Launched as a programmatic dependent, the kernel may begin before the previous one has ended. It waits for that
+// before it reads or writes anything; but for parameters and adapters, if the caller says that they are settled:
+// loading them takes longest. Nothing is loaded as a constant here, since that could pass the wait.
 #pragma once
 
 #include "fragments.h"
@@ -217,6 +217,7 @@ forward_decode(const Forward call, const ClusterTiles tiles) {
   if constexpr (K::kCluster > 1) expect_sums<K>(tile);
 
   // read
+  if (!call.settled) wait_for_previous_kernel();
   const int first_column = cluster_rank() * K::kSlice + warp() * K::kStrip;
   const int64_t set = set_of(call.rows, tile.sequence);
   Fragments<K::kOutputs> projection[K::kBlocks];
@@ -227,14 +228,14 @@ forward_decode(const Forward call, const ClusterTiles tiles) {
     projection[b].load(call.projection, block);
     basis[b].load(call.basis, block);
   }
+  wait_for_previous_kernel();
+  LaneRows<K> h;
+  h.find(call.rows, tile);
+  h.read(call, first_column);
+  let_next_kernel_start(); // not ahead of the wait: whoever comes next has this kernel to wait for, and no earlier one
   const int gated = thread() / K::kPairs, k = thread() % K::kPairs * 2; // row and basis of a thread that gates
   TileRow gated_row;
   gated_row.find(call.rows, tile, gated);
-  LaneRows<K> h;
-  h.find(call.rows, tile);
-  wait_for_previous_kernel();
-  h.read(call, first_column);
-  let_next_kernel_start(); // not ahead of the wait: then the next kernel need only know what this one writes
 
   // project
   float* partial = reinterpret_cast<float*>(shared_memory());

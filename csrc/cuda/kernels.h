@@ -26,6 +26,7 @@ struct Forward {
   Rows rows;
   int rank; // r, before padding
   Gate gate;
+  bool settled; // whether no kernel that may still run writes the parameters, packed as below, or `adapters`
   const uint32_t* projection; // (D, G) for x M^T
   const uint32_t* basis;      // R for c M
   const float* bias;          // [sets, 2 r], b_k and c_k interleaved like D and G

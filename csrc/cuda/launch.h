@@ -39,20 +39,30 @@ int clusters_at_a_time(int cluster, int threads, int shared_bytes) {
   return known[device] = clusters;
 }
 
+// A stream, and whether a kernel may begin there while the previous one still runs: as a programmatic dependent, for
+// which nothing but its own wait_for_previous_kernel() waits.
+struct Turn {
+  void* stream;
+  bool early;
+  Turn(void* stream, bool early = false) : stream(stream), early(early) {}
+};
+
 // Launch on so many clusters; null, or what CUDA says is wrong.
 template <class... Parameters, class... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int cluster, int threads, int shared_bytes,
-                            void* stream, const Arguments&... arguments) {
-  cudaLaunchAttribute shape;
-  shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+                            const Turn& turn, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &shape;
-  config.numAttrs = 1;
+  config.stream = static_cast<cudaStream_t>(turn.stream);
+  config.attrs = attributes;
+  config.numAttrs = turn.early ? 2 : 1;
   return problem_of(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

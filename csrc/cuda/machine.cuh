@@ -226,8 +226,11 @@ struct Float16 {
 
 BAFT_DEVICE float exponential(float x) { return __expf(x); }
 BAFT_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+// Of memory that nothing writes from the kernel's start to its end. Neither compiler nor machine keeps such a load in
+// its place: it may come ahead of a wait for the previous kernel that it stands behind, and behind one that it stands
+// ahead of.
 template <class Word>
-BAFT_DEVICE Word load_constant(const Word* from) { // of memory that nothing writes while the kernel runs
+BAFT_DEVICE Word load_constant(const Word* from) {
   return __ldg(from);
 }
 

@@ -34,12 +34,8 @@ struct Tiles {
   }
 };
 
-BAFT_DEVICE int64_t row_of(const Rows& rows, int64_t item) {
-  return rows.list ? load_constant(rows.list + item) : item;
-}
-BAFT_DEVICE bool is_edited(const Rows& rows, int64_t row) { return !rows.mask || load_constant(rows.mask + row); }
-BAFT_DEVICE int64_t set_of(const Rows& rows, int64_t sequence) {
-  return rows.adapters ? load_constant(rows.adapters + sequence) : 0;
-}
+BAFT_DEVICE int64_t row_of(const Rows& rows, int64_t item) { return rows.list ? rows.list[item] : item; }
+BAFT_DEVICE bool is_edited(const Rows& rows, int64_t row) { return !rows.mask || rows.mask[row]; }
+BAFT_DEVICE int64_t set_of(const Rows& rows, int64_t sequence) { return rows.adapters ? rows.adapters[sequence] : 0; }
 
 } // namespace baft::cuda

@@ -78,12 +78,12 @@ struct Fragments {
   BAFT_DEVICE void load(const uint32_t* packed, int64_t block) {
     const uint32_t* mine = packed + (block * 32 + lane()) * kWords;
     if constexpr (kWords == 2) {
-      const uint2 two = load_constant(reinterpret_cast<const uint2*>(mine));
+      const uint2 two = *reinterpret_cast<const uint2*>(mine);
       words[0] = two.x, words[1] = two.y;
     } else {
       BAFT_UNROLL
       for (int i = 0; i < kWords; i += 4) {
-        const uint4 four = load_constant(reinterpret_cast<const uint4*>(mine + i));
+        const uint4 four = *reinterpret_cast<const uint4*>(mine + i);
         words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
       }
     }
@@ -154,8 +154,8 @@ BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, cons
 BAFT_DEVICE float4 load_bias(const Forward& call, int64_t set, int k) {
   const float* bias = call.bias + (set * call.rank + k) * 2;
   float4 found = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (k < call.rank) found.x = load_constant(bias), found.y = load_constant(bias + 1);
-  if (k + 1 < call.rank) found.z = load_constant(bias + 2), found.w = load_constant(bias + 3);
+  if (k < call.rank) found.x = bias[0], found.y = bias[1];
+  if (k + 1 < call.rank) found.z = bias[2], found.w = bias[3];
   return found;
 }
 

@@ -1,5 +1,6 @@
 // csrc/cuda_bindings.cpp on the emulated GPU: the launches of csrc/cuda/*.cu in shapes small enough for it.
 #include <type_traits>
+#include <utility>
 
 #include "../../csrc/cuda_bindings.cpp"
 #include "backward_reduce.cuh"
@@ -26,10 +27,21 @@ constexpr uint64_t kSeed = 0;
 template <class T>
 constexpr Dtype kDtype = std::is_same_v<T, Float16> ? Dtype::float16 : Dtype::bfloat16;
 
+// Packs that the last kernel wrote, and what was there before: a kernel that needn't wait for it may still find that.
+std::vector<emulator::Written> last_packed;
+
+void remember(void* at, int64_t words) {
+  const unsigned char* bytes = static_cast<const unsigned char*>(at);
+  if (at) last_packed.push_back({at, {bytes, bytes + 4 * words}});
+}
+
 template <class K>
-const char* run(int64_t clusters, const std::function<void()>& kernel) {
-  return reported(
-      [&] { emulator::launch(static_cast<int>(clusters), K::kCluster, K::kThreads, K::kSharedBytes, kSeed, kernel); });
+const char* run(int64_t clusters, const std::function<void()>& kernel,
+                const std::vector<emulator::Written>& previous = {}) {
+  last_packed.clear();
+  return reported([&] {
+    emulator::launch(static_cast<int>(clusters), K::kCluster, K::kThreads, K::kSharedBytes, kSeed, kernel, previous);
+  });
 }
 
 } // namespace
@@ -45,14 +57,15 @@ bool has_backward(int64_t width, int64_t rank, int) {
 }
 
 const char* launch_forward(const Forward& call, int64_t width, Dtype dtype, void*) {
-#define BAFT_CASE(WIDTH, RANK, T, STREAM, DECODE, _)                                          \
-  if (width == WIDTH && padded_rank(call.rank) == RANK && dtype == kDtype<T>) {               \
-    using Stream = ForwardStream<T, BAFT_OPEN STREAM>;                                        \
-    using Decode = ForwardDecode<T, BAFT_OPEN DECODE>;                                        \
-    if (call.rows.sequences * call.rows.length > kFewRows)                                    \
-      return run<Stream>(kClusters, [&] { forward_stream<Stream>(call); });                   \
-    const ClusterTiles tiles(call.rows, 8);                                                   \
-    return run<Decode>(tiles.count(call.rows), [&] { forward_decode<Decode>(call, tiles); }); \
+#define BAFT_CASE(WIDTH, RANK, T, STREAM, DECODE, _)                                                           \
+  if (width == WIDTH && padded_rank(call.rank) == RANK && dtype == kDtype<T>) {                                \
+    using Stream = ForwardStream<T, BAFT_OPEN STREAM>;                                                         \
+    using Decode = ForwardDecode<T, BAFT_OPEN DECODE>;                                                         \
+    if (call.rows.sequences * call.rows.length > kFewRows)                                                     \
+      return run<Stream>(kClusters, [&] { forward_stream<Stream>(call); });                                    \
+    const ClusterTiles tiles(call.rows, 8);                                                                    \
+    return run<Decode>(                                                                                        \
+        tiles.count(call.rows), [&] { forward_decode<Decode>(call, tiles); }, std::exchange(last_packed, {})); \
   }
   BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE
@@ -81,6 +94,7 @@ const char* launch_backward(const Backward& call, int64_t width, Dtype dtype, vo
 
 const char* launch_backward_reduce(const BackwardReduce& call, void*) {
   const int share = static_cast<int>((call.rank * call.width / 4 + kReduceThreads - 1) / kReduceThreads);
+  last_packed.clear();
   return reported([&] {
     emulator::launch(static_cast<int>(call.sets) * share, 1, kReduceThreads, 0, kSeed,
                      [&] { backward_reduce(call, share); });
@@ -98,6 +112,13 @@ const char* launch_pack(const Pack* layers, int count, Dtype dtype, void*) {
   constexpr int kShare = 3;
   PackTable table = {};
   std::copy(layers, layers + count, table.layers);
+  last_packed.clear();
+  for (int i = 0; i < count; ++i) {
+    const int64_t words = layers[i].sets * layers[i].width * layers[i].padded_rank / 2;
+    remember(layers[i].forward_projection, 2 * words);
+    remember(layers[i].forward_basis, words);
+    remember(layers[i].bias, layers[i].sets * 2 * layers[i].rank);
+  }
   return reported([&] {
     emulator::launch(count * kShare, 1, kPackThreads, 0, kSeed,
                      [&] { dtype == Dtype::float16 ? pack<Float16>(table, kShare) : pack<Bfloat16>(table, kShare); });

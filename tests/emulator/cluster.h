@@ -3,6 +3,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -38,6 +39,17 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
+// What the previous kernel of the stream writes, and what lies there until it has ended.
+struct Written {
+  void* at;
+  std::vector<unsigned char> before;
+
+  void swap() {
+    unsigned char* bytes = static_cast<unsigned char*>(at);
+    std::swap_ranges(before.begin(), before.end(), bytes);
+  }
+};
+
 struct Meeting { // of so many threads
   int arrived = 0;
   std::vector<Fiber*> waiting;
@@ -57,10 +69,14 @@ class Cluster {
     copies_first_ = std::vector<double>{0.01, 0.1, 0.5, 0.9}[random_() % 4];
   }
 
-  void run(int index, int count, const std::function<void()>& kernel) {
+  // A previous kernel that still runs ends as late as it can: when every thread that hasn't ended waits, some for it.
+  void run(int index, int count, const std::function<void()>& kernel, const std::vector<Written>& previous) {
     index_ = index;
     count_ = count;
     kernel_ = &kernel;
+    previous_ = previous;
+    previous_ended_ = previous.empty();
+    for (Written& written : previous_) written.swap();
     for (int rank = 0; rank < size_; ++rank)
       for (int thread = 0; thread < threads_; ++thread) {
         fibers_.push_back(std::make_unique<Fiber>());
@@ -77,7 +93,11 @@ class Cluster {
       }
     while (true) {
       const int rank = next_cta();
-      if (rank < 0 && pending_.empty()) break;
+      if (rank < 0 && pending_.empty()) {
+        if (previous_ended_) break;
+        end_previous();
+        continue;
+      }
       if (rank < 0 || (!pending_.empty() && drawn() < copies_first_)) {
         take(pending_)();
       } else {
@@ -112,6 +132,11 @@ class Cluster {
   void require(bool fine, const char* problem) {
     if (!fine) throw std::runtime_error(std::string(problem) + ": " + report());
   }
+  void wait_for_previous() {
+    pause();
+    wait_until([&] { return previous_ended_; }, waiting_for_previous_, "the previous kernel");
+  }
+  bool previous_ended() const { return previous_ended_; }
   bool runs(int rank) const { return ended_[rank] < threads_; }
   void later(std::function<void()> work) { pending_.push_back(std::move(work)); }
   Barrier& barrier(Address address) { return barriers_[address]; }
@@ -182,6 +207,12 @@ class Cluster {
     ++cluster.ended_[me.rank];
   }
 
+  void end_previous() {
+    for (Written& written : previous_) written.swap();
+    previous_ended_ = true;
+    wake(waiting_for_previous_);
+  }
+
   void make_ready(Fiber* fiber) { ready_[fiber->rank].push_back(fiber); }
 
   double drawn() { return static_cast<double>(random_() >> 11) * 0x1p-53; }
@@ -229,6 +260,9 @@ class Cluster {
   std::vector<std::function<void()>> pending_;
   std::map<Address, Barrier> barriers_;
   std::map<std::tuple<int, int, int>, Meeting> meetings_;
+  std::vector<Written> previous_; // with what lies there in the meantime
+  bool previous_ended_ = true;
+  std::vector<Fiber*> waiting_for_previous_;
   Fiber* running_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   std::exception_ptr error_;
@@ -238,13 +272,13 @@ inline Cluster* Cluster::current = nullptr;
 inline Cluster& cluster() { return *Cluster::current; }
 inline Fiber& self() { return cluster().self(); }
 
-// Run `kernel` on every cluster of a grid, one after the other.
+// Run `kernel` on every cluster of a grid, one after the other, each while a `previous` kernel ends, if there is one.
 inline void launch(int clusters, int size, int threads, size_t shared_bytes, uint64_t seed,
-                   const std::function<void()>& kernel) {
+                   const std::function<void()>& kernel, const std::vector<Written>& previous = {}) {
   for (int index = 0; index < clusters; ++index) {
     Cluster one(size, threads, shared_bytes, seed + 1000003 * index);
     Cluster::current = &one;
-    one.run(index, clusters, kernel);
+    one.run(index, clusters, kernel, previous);
   }
 }
 

@@ -8,14 +8,20 @@ namespace {
 
 template <class K>
 struct Decoded {
-  static void run(const Forward& call, int tile_rows, uint64_t seed) {
+  static void run(const Forward& call, int tile_rows, const std::vector<emulator::Written>& previous, uint64_t seed) {
     const ClusterTiles tiles(call.rows, tile_rows);
-    emulator::launch(tiles.count(call.rows), K::kCluster, K::kThreads, K::kSharedBytes, seed,
-                     [&] { forward_decode<K>(call, tiles); });
+    const auto kernel = [&] { forward_decode<K>(call, tiles); };
+    emulator::launch(tiles.count(call.rows), K::kCluster, K::kThreads, K::kSharedBytes, seed, kernel, previous);
   }
 };
 
 } // namespace
+
+struct Unfinished { // what a kernel that still runs writes, and what lies there until it has ended
+  void* at;
+  const unsigned char* before;
+  int64_t bytes;
+};
 
 extern "C" {
 
@@ -27,11 +33,15 @@ extern "C" {
   DO(4, ForwardDecode<Bfloat16, 1, 8, 16, 32, 16>) \
   DO(5, ForwardDecode<Bfloat16, 8, 8, 64, 16, 8>)
 
-const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows, uint64_t seed) {
+const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows, const Unfinished* unfinished,
+                                   int count, uint64_t seed) {
   return reported([&] {
+    std::vector<emulator::Written> previous;
+    for (int i = 0; i < count; ++i)
+      previous.push_back({unfinished[i].at, {unfinished[i].before, unfinished[i].before + unfinished[i].bytes}});
     switch (shape) {
 #define BAFT_CASE(NUMBER, ...) \
-  case NUMBER: return Decoded<__VA_ARGS__>::run(*call, tile_rows, seed);
+  case NUMBER: return Decoded<__VA_ARGS__>::run(*call, tile_rows, previous, seed);
       BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE
     }

@@ -3,8 +3,9 @@
 // Every thread of the cluster's CTAs is a fiber. Fibers change places only inside the functions below, at random;
 // copies and stores to other CTAs are carried out at random times after they were asked for. Each seed has its own slow
 // CTAs, and copies that come at once or at the last moment: a kernel that is right in every order gives the same result
-// for all of them. What would hang stops with a report; shared memory that was never written holds NaN. Not modelled:
-// the order of plain stores within a thread, and the fence between them and the copies.
+// for all of them. What would hang stops with a report; shared memory that was never written holds NaN. A kernel may
+// begin while the previous one still runs; that one's results are there when all wait for it, and not before. Not
+// modelled: the order of plain stores within a thread, and the fence between them and the copies.
 #pragma once
 
 #include <algorithm>
@@ -169,8 +170,11 @@ inline void sync_threads(int barrier, int threads) {
 }
 inline void sync_block() { sync_threads(0, emulator::cluster().threads()); }
 inline void sync_warp() { emulator::cluster().meet(emulator::cluster().meeting(3, warp()), 32, "its warp"); }
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() { emulator::cluster().wait_for_previous(); }
+inline void let_next_kernel_start() {
+  emulator::cluster().require(emulator::cluster().previous_ended(),
+                              "the next kernel starts while the last but one runs");
+}
 template <int kRegisters>
 inline void take_registers() {}
 template <int kRegisters>
