@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["Fill", "Held", "Parameters", "difference", "packed", "repack"]
 
@@ -123,6 +124,18 @@ def packed(
 
         _entries[key] = _Entry(Held(parameters, dtype, made), fill, forget)
     return made
+
+
+def _notice_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Count what a fused optimiser has written: its kernels don't tell autograd, others do."""
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        return
+    held = {id(value) for entry in _entries.values() for value in entry.parameters() if value is not None}
+    written = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"] if id(p) in held]
+    torch.autograd.graph.increment_version(written)
+
+
+register_optimizer_step_post_hook(_notice_fused_step)
 
 
 def repack(bases: Iterable[Tensor]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from op_calls import draw_call
 
-from baft_kernels import packing
+from baft_kernels import BaftIntervention, baft, packing
+from baft_kernels.backends import why_unusable
 from baft_kernels.packing import Held, Parameters, difference, packed, repack
 
 
@@ -238,3 +239,15 @@ def test_the_difference_is_formed_from_the_masters() -> None:
     given = parameters()
     close = given._replace(source=given.basis + 1e-6)
     assert torch.equal(difference(close), close.source - close.basis)
+
+
+@pytest.mark.skipif(why_unusable("cpu") is not None, reason=f"cpu: {why_unusable('cpu')}")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_of_any_optimiser_makes_a_new_pack(optimizer: type[torch.optim.Optimizer], fused: bool) -> None:
+    layer = BaftIntervention(24, 4, backend="cpu")
+    h = torch.randn(3, 24)
+    stepping = optimizer([layer.source, layer.source_bias], lr=0.1, fused=fused)  # not the basis: no retraction
+    layer(h).sum().backward()
+    stepping.step()
+    torch.testing.assert_close(layer(h), baft(h, *layer.parameters(), backend="reference"))
