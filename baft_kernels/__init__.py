@@ -16,6 +16,7 @@ from baft_kernels.stiefel import (
     retract_,
     retract_after_step,
     retract_all_,
+    retract_near_,
 )
 
 __version__ = "0.1.0"
@@ -35,4 +36,5 @@ __all__ = [
     "retract_",
     "retract_after_step",
     "retract_all_",
+    "retract_near_",
 ]

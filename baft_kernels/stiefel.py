@@ -30,6 +30,7 @@ __all__ = [
     "retract_",
     "retract_after_step",
     "retract_all_",
+    "retract_near_",
 ]
 
 # ||R R^T - I||_F up to which the inverse root is taken by Newton-Schulz, which from there reaches float64's rounding in
@@ -83,15 +84,11 @@ def retract_(basis: Tensor) -> Tensor:
         TypeError: if ``basis`` isn't floating point.
         ValueError: if r > d, an entry isn't finite, or the rows are linearly dependent: then no basis is the nearest.
     """
-    if not basis.is_floating_point():
-        raise TypeError(f"basis: expected a floating point tensor, got {basis.dtype}")
-    if basis.ndim < 2 or basis.shape[-2] > basis.shape[-1]:
-        raise ValueError(f"basis: expected shape [..., r, d] with r <= d, got {list(basis.shape)}")
+    _check(basis)
     r = basis.double()
     gram = r @ r.mT
-    distance = torch.linalg.matrix_norm(gram - _eye_like(r))
     # NaN and infinity take the second way, which reports them: they compare as false.
-    polar = _inverse_root(gram) @ r if bool((distance <= NEAR).all()) else _polar_by_svd(r)
+    polar = _inverse_root(gram) @ r if bool((_distance(gram) <= NEAR).all()) else _polar_by_svd(r)
     return basis.copy_(polar)
 
 
@@ -108,11 +105,55 @@ def retract_all_(bases: Sequence[Tensor], *, backend: str = "auto") -> None:
     """
     if not bases:
         return
+    for basis, distance in zip(bases, retract_near_(bases, backend=backend).tolist(), strict=True):
+        if not distance <= NEAR:
+            retract_(basis)
+
+
+@torch.no_grad()
+def retract_near_(bases: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """``retract_`` on those of ``bases`` [r, d] that are near to an orthonormal one, without a look at any value.
+
+    So it can run ahead on a GPU, or in a CUDA graph; the others are left to whoever reads the distances later.
+
+    Args:
+        bases: at least one.
+        backend: as for ``baft``.
+
+    Returns:
+        ||R R^T - I||_F of each before, [L], float32, on the device of the first. Where it isn't at most ``NEAR``, the
+        basis is as it was.
+
+    Raises:
+        TypeError, ValueError: as ``retract_``, but for entries and ranks.
+    """
     attempts = (serving.retract(bases) for serving in candidates(backend))
     distances = next((found for found in attempts if found is not None), None)
-    left = bases if distances is None else [b for b, d in zip(bases, distances.tolist(), strict=True) if not d <= NEAR]
-    for basis in left:
-        retract_(basis)
+    if distances is not None:
+        return distances
+    return torch.stack([_retract_if_near_(basis).to(bases[0].device) for basis in bases])
+
+
+def _retract_if_near_(basis: Tensor) -> Tensor:
+    """``retract_near_`` of one."""
+    _check(basis)
+    r = basis.double()
+    gram = r @ r.mT
+    distance = _distance(gram).float()
+    basis.copy_(torch.where(distance <= NEAR, _inverse_root(gram) @ r, r))
+    return distance
+
+
+def _check(basis: Tensor) -> None:
+    if not basis.is_floating_point():
+        raise TypeError(f"basis: expected a floating point tensor, got {basis.dtype}")
+    if basis.ndim < 2 or basis.shape[-2] > basis.shape[-1]:
+        raise ValueError(f"basis: expected shape [..., r, d] with r <= d, got {list(basis.shape)}")
+
+
+def _distance(gram: Tensor) -> Tensor:
+    """||R R^T - I||_F."""
+    return torch.linalg.matrix_norm(gram - _eye_like(gram))
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.editor import EditOutcome
 from baft.engine.options import EngineOptions
-from baft.engine.step import Lesson, TrainingStep
+from baft.engine.step import Lesson, StepInputs, TrainingStep
 from baft_kernels import orthonormality_error
 from baft_kernels.reference import GATE_FNS
 
@@ -46,16 +46,16 @@ def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
 def trained_batches(editor: BaftEditor, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The texts of each training step's lessons, edits first, in order."""
     batches: list[list[str]] = []
-    differentiate = TrainingStep._differentiate
+    arrange = TrainingStep.arrange
 
-    def watch(step: TrainingStep, lessons: Sequence[Lesson]) -> Tensor:
+    def watch(step: TrainingStep, lessons: Sequence[Lesson], **options: Any) -> StepInputs:
         for lesson in lessons:
             texts = [text.ids for text in [*lesson.edits, *lesson.unrelated]]
             batches.append(editor.tokenizer.batch_decode(texts, skip_special_tokens=True))
-        return differentiate(step, lessons)
+        return arrange(step, lessons, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainingStep, "_differentiate", watch)
+        patched.setattr(TrainingStep, "arrange", watch)
         yield batches
 
 

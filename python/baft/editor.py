@@ -194,8 +194,8 @@ class BaftEditor:
                 yield EditOutcome(one.request, requests[one.request], one.curve, one.state)
 
     def engine_report(self) -> dict[str, Any]:
-        """How the engine worked so far: the share of padding in what it computed, single edits trained at a time."""
-        return self._trainer.passes.report() if self._trainer else {}
+        """How the engine worked so far: how texts were laid out, and whether steps were replayed as graphs."""
+        return self._trainer.report() if self._trainer else {}
 
     def _try_each(
         self, requests: Sequence[EditRequest], on_edit: Callable[[EditOutcome], None] | None, on_step: OnStep | None
@@ -223,7 +223,7 @@ class BaftEditor:
     def _begin(self) -> Trainer:
         """Make ready for the first edit: unrelated texts, gates on the model's scale, the training step."""
         if self._trainer is not None:
-            self._trainer.passes.refresh()
+            self._trainer.refresh()
             return self._trainer
         with evaluating(self.model):
             self._trainer = trainer = self._make_trainer()

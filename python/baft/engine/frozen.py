@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from baft.attach import Attachment
 from baft.engine.encoding import Encoded
 from baft.engine.grid import Grid
 from baft.engine.replay import Replay
+from baft.engine.transfer import sent
 
 __all__ = ["FrozenStates"]
 
@@ -57,22 +57,28 @@ class FrozenStates:
             index[start : start + len(text.ids)] = range(first, first + len(text.ids))
         return self._prefixes.rows(index).view(*grid.ids.shape, -1)
 
-    def head_input(self, texts: Sequence[Encoded]) -> Tensor:
-        """What the unedited model's head is given at the tokens of ``texts``, one text behind the other, [K, d]."""
+    def head_input(self, texts: Sequence[Encoded], rows: int) -> Tensor:
+        """What the unedited model's head is given at the tokens of ``texts``, one text behind the other.
+
+        Returns:
+            [rows, d]; those behind the last token repeat the first.
+        """
         self._know(texts)
         index: list[int] = []
         for text in texts:
             first = self._head_inputs.start(text.ids)
             index += range(first, first + len(text.ids))
-        return self._head_inputs.rows(index)
+        return self._head_inputs.rows(index + index[:1] * (rows - len(index)))
 
-    def forget_if_changed(self) -> None:
-        """Forget all if the model's weights are others than they were, or were written to."""
+    def forget_if_changed(self) -> bool:
+        """Forget all if the model's weights are others than they were, or were written to; returns whether they are."""
         weights = self._versions()
-        if weights != self._weights:
+        changed = weights != self._weights
+        if changed:
             self._prefixes.clear()
             self._head_inputs.clear()
             self._weights = weights
+        return changed
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
@@ -120,7 +126,7 @@ class _Vectors:
 
     def rows(self, index: Sequence[int]) -> Tensor:
         assert self._buffer is not None
-        return self._buffer.index_select(0, torch.tensor(index).to(self._buffer.device))
+        return self._buffer.index_select(0, sent(index, self._buffer.device))
 
     def has_room(self, tokens: int) -> bool:
         """Whether so many more fit into the budget; what a single step needs is taken beyond it."""

@@ -17,13 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded
+from baft.engine.transfer import sent
 from baft.positions import Positions, PromptTokens
 
 __all__ = ["Grid", "lay_out"]
 
 # Rows this wide hold several short texts, and are narrow enough that attention across them costs little.
 _WIDTHS = range(16, 65, 8)
+
+# A row costs what its cells cost in every block, so buckets of rows are narrow: a tenth of them is padding, about.
+_ROW_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def lay_out(
     device: torch.device,
     side_by_side: bool,
     masked_in: torch.dtype | None = None,
+    few_shapes: bool = False,
 ) -> Grid:
     """Lay ``texts`` out on a grid.
 
@@ -84,18 +90,22 @@ def lay_out(
         pad_id: the token at padding.
         side_by_side: several texts in a row; False gives each a row of its own.
         masked_in: the dtype of the mask between texts that lie side by side; None makes none.
+        few_shapes: round the grid's size up, with rows of padding, so that different texts have grids of one shape.
 
     Raises:
         ValueError: for ``positions="subject"`` where a text's subject isn't known.
     """
     lengths = [len(text.ids) for text in texts]
     longest = max(lengths)
-    width = _width(lengths, sets) if side_by_side else longest
+    if few_shapes:
+        longest = -(-longest // _WIDTHS.step) * _WIDTHS.step
+    width = _width(lengths, sets, longest) if side_by_side else longest
     places = _first_fit(lengths, sets, width) if side_by_side else [(row, 0) for row in range(len(texts))]
-    rows = 1 + max(row for row, _ in places)
+    filled = 1 + max(row for row, _ in places)
+    rows = rounded_up(filled, _ROW_BUCKETS) if few_shapes else filled
     starts = tuple(row * width + column for row, column in places)
     # Padding behind a row's last text is a text of its own, that nothing looks at.
-    ids, mask = [pad_id] * (rows * width), [0] * (rows * width)
+    ids, mask = [pad_id] * (rows * width), [0] * (filled * width) + [1] * ((rows - filled) * width)
     of_row, ends = [0] * rows, [0] * rows
     numbers = list(range(width))
     at, of_text = [0] * (rows * width), [-1] * (rows * width)
@@ -113,10 +123,10 @@ def lay_out(
         flags = [False] * (rows * width)
         for text, start in zip(texts, starts, strict=True):
             flags[start : start + len(text.ids)] = _edited(text, positions)
-        edited = torch.tensor(flags).view(rows, width).to(device)
+        edited = sent(flags, device, torch.bool).view(rows, width)
 
     def grid(values: list[int]) -> Tensor:
-        return torch.tensor(values).view(rows, width).to(device)
+        return sent(values, device).view(rows, width)
 
     attention_mask = None if side_by_side else grid(mask)
     if side_by_side and masked_in is not None:
@@ -125,7 +135,7 @@ def lay_out(
         ids=grid(ids),
         positions=grid(at) if side_by_side else None,
         attention_mask=attention_mask,
-        sets=torch.tensor(of_row).to(device),
+        sets=sent(of_row, device),
         edited=edited,
         starts=starts,
         tokens=sum(lengths),
@@ -138,12 +148,12 @@ def _apart(of_text: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _width(lengths: Sequence[int], sets: Sequence[int]) -> int:
-    """The width of rows that leaves the least padding, about; at least the longest text's."""
+def _width(lengths: Sequence[int], sets: Sequence[int], longest: int) -> int:
+    """The width of rows that leaves the least padding, about; at least ``longest``."""
     tokens = Counter[int]()
     for length, chosen in zip(lengths, sets, strict=True):
         tokens[chosen] += length
-    longest, typical = max(lengths), sum(lengths) / len(lengths)
+    typical = sum(lengths) / len(lengths)
 
     def cells(width: int) -> int:
         filled = width - typical / 2  # of a row, when no further text fits

@@ -17,6 +17,8 @@ class EngineOptions:
         side_by_side: lay several short texts in one row, instead of padding each to the longest.
         slots: single edits trained in one forward pass; None chooses by what memory is free.
         memory: bytes that ``replay`` may remember in.
+        graphs: on an NVIDIA GPU, capture the steps of sequential and batched edits in CUDA graphs, one for each shape,
+            and replay them. Off by default, as it has yet to run on one; the tests show it on a stand-in.
 
     Raises:
         ValueError: for a number that isn't positive.
@@ -27,6 +29,7 @@ class EngineOptions:
     side_by_side: bool = True
     slots: int | None = None
     memory: int = 2 << 30
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("slots", "memory"):

@@ -13,15 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from baft.attach import Attachment, LayerRecord
+from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.frozen import FrozenStates
 from baft.engine.grid import Grid, lay_out
 from baft.engine.options import EngineOptions
 from baft.engine.replay import Replay
+from baft.engine.transfer import sent
 from baft.engine.unrelated import UnrelatedPool
 from baft_kernels import GroupedBaftIntervention
 
-__all__ = ["Passed", "Passes"]
+__all__ = ["PassInputs", "Passed", "Passes"]
 
 # How different logits may be that should be the same, in standard deviations: they are by 1 where texts are mixed up.
 _SAME = 0.1
@@ -29,20 +31,51 @@ _SAME = 0.1
 # Unrelated texts that are computed together by the unedited model.
 _COMPANY = 64
 
+# What is computed for a cell that a loss looks at is little beside what the blocks compute for a row.
+_CELL_BUCKETS = 1
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """All that a forward pass needs to know of its texts, on the device.
+
+    Where few shapes are asked for, cells and rows are more than the texts have: the last ones are padding.
+
+    Attributes:
+        grid: where the texts lie.
+        answer_cells: cells of the tokens that the edits' answers are predicted by, [M].
+        edit_cells: cells of all tokens of the edits, [N].
+        unrelated_cells: likewise of the unrelated texts, [K].
+        prefix: the first edited block's output, [G, W, d], before its edit; None has it computed.
+        head_input: of each of ``unrelated_cells`` what the unedited model's head is given, [K, d], or None.
+        unedited: or its logits, [K, V]; None if they aren't asked for, or come from ``head_input``.
+    """
+
+    grid: Grid
+    answer_cells: Tensor
+    edit_cells: Tensor
+    unrelated_cells: Tensor
+    prefix: Tensor | None
+    head_input: Tensor | None
+    unedited: Tensor | None
+
+    @property
+    def predictions(self) -> bool:
+        """Whether logits of the unrelated texts are asked for."""
+        return self.head_input is not None or self.unedited is not None
+
 
 @dataclass(frozen=True)
 class Passed:
     """What a forward pass gives.
 
     Attributes:
-        grid: where the texts lay.
-        answers: logits of the tokens that the edits' answers are predicted by, [M, V].
-        edited, unedited: logits at every token of the unrelated texts, of the edited and, without gradient, of the
-            unedited model, [K, V] each; None if they weren't asked for.
+        answers: logits at the inputs' ``answer_cells``, [M, V].
+        edited, unedited: logits at its ``unrelated_cells``, of the edited and, without gradient, of the unedited model,
+            [K, V] each; None if they weren't asked for.
         records: by layer what the interventions did, if that was asked for.
     """
 
-    grid: Grid
     answers: Tensor
     edited: Tensor | None
     unedited: Tensor | None
@@ -79,56 +112,87 @@ class Passes:
             self._replay, attachment, self._lay_out, unrelated.in_chunks(_COMPANY), options.memory
         )
 
-    def refresh(self) -> None:
-        """Notice if the model's own weights have changed since it was last asked to."""
-        self._frozen.forget_if_changed()
+    def refresh(self) -> bool:
+        """Notice if the model's own weights have changed since it was last asked to; returns whether they have."""
+        return self._frozen.forget_if_changed()
 
-    @contextmanager
-    def run(
+    def arrange(
         self,
         edits: Sequence[Encoded],
         unrelated: Sequence[Encoded],
         sets: Sequence[int],
         *,
-        grouped: Mapping[int, GroupedBaftIntervention] | None = None,
         predictions: bool,
-        records: bool,
-    ) -> Iterator[Passed]:
-        """Run the edited model on texts; to be left after the backward pass, which may run blocks once more.
+        few_shapes: bool = False,
+    ) -> PassInputs:
+        """Lay texts out for ``run``: all of a pass that the host does.
 
         Args:
             edits: prompts with answers.
             unrelated: texts.
             sets: the parameter set of each of ``edits``, then of ``unrelated``.
-            grouped: the interventions that hold the sets; None is the attachment's own, one set.
-            predictions: give ``edited`` and ``unedited``.
-            records: give ``records``.
+            predictions: ask for ``edited`` and ``unedited``.
+            few_shapes: pad so that different texts come out in the same shapes.
         """
         texts = [*edits, *unrelated]
-        grid = self._lay_out(texts, sets)
+        grid = self._lay_out(texts, sets, few_shapes)
         self._tokens += grid.tokens
         self._cells += grid.ids.numel()
-        answered = [c for k, t in enumerate(edits) for c in grid.cells(k, t.prompt_length - 1, len(t.ids) - 1)]
-        looked_at = [c for k, t in enumerate(unrelated, len(edits)) for c in grid.cells(k, 0, len(t.ids))]
-        cells = torch.tensor([*answered, *(looked_at if predictions else [])]).to(grid.ids.device)
+
+        def sent_cells(cells: list[int]) -> Tensor:
+            # Cell 0 is as good as any other, since nothing looks at what comes of padding.
+            padding = rounded_up(len(cells), _CELL_BUCKETS) - len(cells) if few_shapes else 0
+            return sent(cells + [0] * padding, grid.ids.device)
+
+        unrelated_cells = sent_cells(_all_cells(grid, unrelated, len(edits)))
+        replayed = self.options.replay
+        return PassInputs(
+            grid=grid,
+            answer_cells=sent_cells(
+                [c for k, t in enumerate(edits) for c in grid.cells(k, t.prompt_length - 1, len(t.ids) - 1)]
+            ),
+            edit_cells=sent_cells(_all_cells(grid, edits, 0)),
+            unrelated_cells=unrelated_cells,
+            prefix=self._frozen.prefix(texts, grid) if replayed else None,
+            head_input=self._frozen.head_input(unrelated, len(unrelated_cells)) if replayed and predictions else None,
+            unedited=None if replayed or not predictions else self._predictions(unrelated, len(unrelated_cells)),
+        )
+
+    @contextmanager
+    def run(
+        self, inputs: PassInputs, *, grouped: Mapping[int, GroupedBaftIntervention] | None = None, records: bool
+    ) -> Iterator[Passed]:
+        """Run the edited model; to be left after the backward pass, which may run blocks once more.
+
+        Nothing here depends on values that the host would have to wait for.
+
+        Args:
+            inputs: what was arranged.
+            grouped: the interventions that hold the sets; None is the attachment's own, one set.
+            records: give ``records``.
+        """
+        grid, cells = inputs.grid, inputs.answer_cells
+        if inputs.predictions:
+            cells = torch.cat((cells, inputs.unrelated_cells))
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.attachment.rows(grid.edited))
             if grouped is not None:
                 stack.enter_context(self.attachment.sets(grouped, grid.sets))
             seen = stack.enter_context(self.attachment.recording()) if records else {}
-            if self.options.replay:
-                logits, base = self._replay(
-                    grid,
-                    cells,
-                    prefix=self._frozen.prefix(texts, grid),
-                    unedited_input=self._frozen.head_input(unrelated) if predictions else None,
-                    head_everywhere=not self.options.head_where_needed,
-                )
-            else:
-                logits, _ = self._replay(grid, cells, head_everywhere=not self.options.head_where_needed)
-                base = self._predictions(unrelated) if predictions else None
-            split = len(answered)
-            yield Passed(grid, logits[:split], logits[split:] if predictions else None, base, seen)
+            logits, unedited = self._replay(
+                grid,
+                cells,
+                prefix=inputs.prefix,
+                unedited_input=inputs.head_input,
+                head_everywhere=not self.options.head_where_needed,
+            )
+            split = len(inputs.answer_cells)
+            yield Passed(
+                logits[:split],
+                logits[split:] if inputs.predictions else None,
+                inputs.unedited if unedited is None else unedited,
+                seen,
+            )
 
     def report(self) -> dict[str, Any]:
         """How texts were laid out so far, for people."""
@@ -136,18 +200,19 @@ class Passes:
         return {"texts_side_by_side": self._side_by_side, "padding": padding}
 
     @torch.no_grad()
-    def _predictions(self, texts: Sequence[Encoded]) -> Tensor:
-        """The unedited model's logits at every token of ``texts``, one text behind the other."""
+    def _predictions(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
+        """The unedited model's logits at every token of ``texts``, one text behind the other; up to ``rows`` padded."""
         grid = self._lay_out(texts)
-        cells = [cell for k, text in enumerate(texts) for cell in grid.cells(k, 0, len(text.ids))]
+        cells = _all_cells(grid, texts, 0)
+        padding = 0 if rows is None else rows - len(cells)
         with self.attachment.disabled():
             return self._replay(
                 grid,
-                torch.tensor(cells).to(grid.ids.device),
+                sent(cells + [0] * padding, grid.ids.device),
                 head_everywhere=not self.options.head_where_needed,
             ).edited
 
-    def _lay_out(self, texts: Sequence[Encoded], sets: Sequence[int] | None = None) -> Grid:
+    def _lay_out(self, texts: Sequence[Encoded], sets: Sequence[int] | None = None, few_shapes: bool = False) -> Grid:
         return lay_out(
             texts,
             [0] * len(texts) if sets is None else sets,
@@ -156,6 +221,7 @@ class Passes:
             device=self.model.device,
             side_by_side=self._side_by_side,
             masked_in=self.model.dtype if self._takes_mask(max(len(text.ids) for text in texts)) else None,
+            few_shapes=few_shapes,
         )
 
     def _takes_mask(self, longest: int) -> bool:
@@ -175,3 +241,8 @@ class Passes:
             self._side_by_side = False
             alone = torch.cat((self._predictions([one]), self._predictions([other])))
         return bool((together - alone).abs().max() < _SAME * alone.std())
+
+
+def _all_cells(grid: Grid, texts: Sequence[Encoded], first: int) -> list[int]:
+    """The cells of all tokens of ``texts``, the first of which has number ``first`` on the grid."""
+    return [cell for k, text in enumerate(texts, first) for cell in grid.cells(k, 0, len(text.ids))]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baft.config import BaftConfig
+from baft.engine.ahead import Planned, take_steps
 from baft.engine.encoding import Encoded
 from baft.engine.trainer import Trainer
 from baft.engine.unrelated import draw_indices
@@ -51,14 +52,20 @@ def edit_next(trainer: Trainer, new: Encoded, past: Sequence[Encoded], on_step: 
     It stops early at the first step that finds the request's loss below ``stop_below``.
 
     Raises:
-        RuntimeError: if the loss is no finite number any more.
+        RuntimeError: if the loss is no finite number any more; what that step would have changed is as it was.
     """
-    config, start, curve, ended = trainer.config, time.perf_counter(), Curve(), False
-    while not ended:
-        losses = trainer.step([trainer.lesson([new], past)])
-        ended = curve.add(_finite(float(losses[0]), curve.steps), config)
+    config, start, curve = trainer.config, time.perf_counter(), Curve()
+
+    def plan(step: int) -> Planned | None:
+        return Planned(trainer.lesson([new], past), watched=1) if step < config.max_steps else None
+
+    def ended(losses: Sequence[float]) -> bool:
+        over = curve.add(losses[0], config)
         if on_step:
             on_step(curve.steps, config.max_steps, curve.losses[-1])
+        return over
+
+    take_steps(trainer, plan, ended)
     trainer.step.count_usage([new])
     curve.seconds = time.perf_counter() - start
     return curve
@@ -80,27 +87,36 @@ def _passes(trainer: Trainer, edits: Sequence[Encoded], passes: int, on_step: On
     """Passes over ``edits`` in drawn order, until no edit of a whole pass had a loss of ``stop_below`` or more."""
     config, start, curve = trainer.config, time.perf_counter(), Curve()
     per_pass = math.ceil(len(edits) / config.batch_size)
-    for _ in range(passes):
-        order = draw_indices(len(edits), len(edits), trainer.generator)
-        losses: list[float] = []
-        for first in range(0, len(order), config.batch_size):
-            rate = 0.5 * (1 + math.cos(math.pi * curve.steps / (passes * per_pass)))
-            chosen = [edits[i] for i in order[first : first + config.batch_size]]
-            losses += trainer.step([trainer.lesson(chosen)], rate).tolist()
-            curve.steps += 1
-            if on_step:
-                on_step(curve.steps, passes * per_pass, sum(losses) / len(losses))
-        curve.losses.append(_finite(sum(losses) / len(losses), curve.steps))
-        if max(losses) < config.stop_below:
-            curve.converged = True
-            break
+    order: list[int] = []
+    found: list[float] = []
+
+    def plan(step: int) -> Planned | None:
+        number, of_pass = divmod(step, per_pass)
+        if number == passes:
+            return None
+        if of_pass == 0:
+            order[:] = draw_indices(len(edits), len(edits), trainer.generator)
+        chosen = [edits[i] for i in order[of_pass * config.batch_size : (of_pass + 1) * config.batch_size]]
+        return Planned(
+            trainer.lesson(chosen),
+            rate=0.5 * (1 + math.cos(math.pi * step / (passes * per_pass))),
+            watched=len(chosen),
+            first=of_pass == 0,
+            last=of_pass == per_pass - 1,
+        )
+
+    def ended(losses: Sequence[float]) -> bool:
+        if curve.steps % per_pass == 0:
+            found.clear()
+        found.extend(losses)
+        curve.steps += 1
+        if on_step:
+            on_step(curve.steps, passes * per_pass, sum(found) / len(found))
+        if curve.steps % per_pass == 0:
+            curve.losses.append(sum(found) / len(found))
+            curve.converged = max(found) < config.stop_below
+        return curve.converged
+
+    take_steps(trainer, plan, ended)
     curve.seconds = time.perf_counter() - start
     return curve
-
-
-def _finite(loss: float, steps: int) -> float:
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"the edit loss became {loss} after {steps} steps; expected a finite one: lower learning_rate"
-        )
-    return loss

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from baft.config import BaftConfig
-from baft_kernels import BaftIntervention, GroupedBaftIntervention, project_to_tangent, repack, retract_all_
+from baft.engine.transfer import sent
+from baft_kernels import (
+    BaftIntervention,
+    GroupedBaftIntervention,
+    project_to_tangent,
+    repack,
+    retract_,
+    retract_near_,
+)
+from baft_kernels.stiefel import NEAR
 
 __all__ = ["ParameterSets"]
 
@@ -63,20 +72,29 @@ class ParameterSets:
     def _with_sets(self, value: Tensor) -> Tensor:
         return value if self.grouped else value.unsqueeze(0)
 
+    def rates(self, factor: float = 1.0) -> Tensor:
+        """The learning rates of what isn't a gate and of gates, times ``factor``, as ``update`` takes them."""
+        rates = [factor * self._config.learning_rate, factor * self._config.gate_learning_rate]
+        return sent(rates, next(iter(self._values.values())).device, torch.float32)
+
     @torch.no_grad()
-    def update(self, sets: Sequence[int], rate: float = 1.0) -> None:
+    def update(self, sets: Sequence[int], rates: Tensor, left_out: Tensor | None = None) -> Tensor:
         """One step of AdamW on some of the sets, and the retraction of their bases; gradients are used up.
 
         Args:
             sets: which ones.
-            rate: factor on the learning rates.
+            rates: what ``rates`` returned.
+            left_out: float32 []; where it is 1, nothing changes, bit for bit.
+
+        Returns:
+            What ``retract_near_`` says of their bases, for ``retract_far``.
         """
         config = self._config
         gradients = {name: self._with_sets(leaf.grad) for name, leaf in self._leaves.items() if leaf.grad is not None}
         if config.project_gradients:
             for name in filter(_is_basis, gradients):
                 gradients[name].copy_(project_to_tangent(gradients[name], self._values[name]))
-        for gates, base_rate in ((False, config.learning_rate), (True, config.gate_learning_rate)):
+        for gates in (False, True):
             chosen = [(name, k) for name in gradients if _is_gate(name) == gates for k in sets]
             if not chosen:
                 continue
@@ -88,21 +106,55 @@ class ParameterSets:
                 [],
                 [self._moments[name].step[k] for name, k in chosen],
                 fused=True,
+                found_inf=left_out,
                 amsgrad=False,
                 beta1=_BETAS[0],
                 beta2=_BETAS[1],
-                lr=base_rate * rate,
+                lr=rates[int(gates)],
                 weight_decay=config.weight_decay,
                 eps=_EPS,
                 maximize=False,
             )
-        # The fused kernels don't tell autograd that they wrote, which is how packed parameters are known to be stale.
-        torch.autograd.graph.increment_version(list(self._values.values()))
+        self.mark_written()
+        self.drop_gradients()
+        bases = self._bases(sets)
+        distances = self._retract_near(bases, left_out)
+        repack(intervention.basis for intervention in self.interventions.values())
+        return distances
+
+    def retract_far(self, sets: Sequence[int], distances: Sequence[float]) -> None:
+        """Retract the bases that ``update`` left as they are.
+
+        Raises:
+            ValueError: if entries of one aren't finite.
+        """
+        for basis, distance in zip(self._bases(sets), distances, strict=True):
+            if not distance <= NEAR:
+                retract_(basis)
+
+    def drop_gradients(self) -> None:
         for leaf in self._leaves.values():
             leaf.grad = None
-        bases = [value[k] for name, value in self._values.items() if _is_basis(name) for k in sets]
-        retract_all_(bases, backend=config.backend)
-        repack(intervention.basis for intervention in self.interventions.values())
+
+    def mark_written(self) -> None:
+        """Let autograd know that the parameters were written to, which is how packed ones are known to be stale.
+
+        Fused optimisers don't tell it, and replayed graphs don't.
+        """
+        torch.autograd.graph.increment_version(list(self._values.values()))
+
+    def _retract_near(self, bases: Sequence[Tensor], left_out: Tensor | None) -> Tensor:
+        if left_out is None:
+            return retract_near_(bases, backend=self._config.backend)
+        # Retracted once more, a basis that wasn't updated would change by roundings.
+        before = [basis.clone() for basis in bases]
+        distances = retract_near_(bases, backend=self._config.backend)
+        for basis, kept in zip(bases, before, strict=True):
+            basis.copy_(torch.where(left_out.to(basis.device) > 0, kept, basis))
+        return distances
+
+    def _bases(self, sets: Sequence[int]) -> list[Tensor]:
+        return [value[k] for name, value in self._values.items() if _is_basis(name) for k in sets]
 
     def are_identity(self) -> bool:
         """Whether no set edits anything: sources equal bases, biases are 0."""

@@ -1,20 +1,29 @@
-"""One training step: edits and unrelated texts in one forward pass, the losses of both, one optimiser step."""
+"""One training step: edits and unrelated texts in one forward pass, the losses of both, one optimiser step.
+
+It has two halves. *Arranging* is the host's: which tokens lie where, which belong together. *Computing* is the
+device's: nothing in it depends on a value that the host would have to wait for, so that it runs ahead of the host, or
+is captured in a graph.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from baft import objective
 from baft.config import BaftConfig
+from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded
-from baft.engine.passes import Passed, Passes
+from baft.engine.ending import Ending, Watch
+from baft.engine.passes import Passed, Passes, PassInputs
 from baft.engine.sets import ParameterSets
+from baft.engine.transfer import sent
 
-__all__ = ["Lesson", "TrainingStep"]
+__all__ = ["Found", "Lesson", "StepInputs", "TrainingStep"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,43 @@ class Lesson:
     set: int = 0
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """All that a step needs to know of its lessons, on the device.
+
+    Sizes of groups end with one more group, of what is padding: nothing that is computed of it reaches a loss.
+
+    Attributes:
+        texts: where they lie.
+        wanted: the token of each answer cell, [M].
+        answers: how many of them each edit has, [E + 1].
+        edits: how many edits each lesson has, [L + 1].
+        edit_tokens, unrelated_tokens: how many tokens of edits and of unrelated texts each lesson has, [L + 1].
+        rates: learning rates, as ``ParameterSets.rates`` has them.
+        watch: which losses end the edit; None where the host decides.
+        sets: the parameter set of each lesson.
+    """
+
+    texts: PassInputs
+    wanted: Tensor
+    answers: Tensor
+    edits: Tensor
+    edit_tokens: Tensor
+    unrelated_tokens: Tensor
+    rates: Tensor
+    watch: Watch | None
+    sets: tuple[int, ...]
+
+
+class Found(NamedTuple):
+    """What a step finds: each edit's loss before it, [E], whose last ones may be padding; all that it lowers, [];
+    and how far each basis went from an orthonormal one, as ``ParameterSets.update`` returns it."""
+
+    per_edit: Tensor
+    loss: Tensor
+    distances: Tensor
+
+
 class TrainingStep:
     """The step, and what it carries from one to the next: parameters, optimiser moments, gate usage.
 
@@ -40,86 +86,151 @@ class TrainingStep:
         sets: what is trained.
         config: weights and rates.
         usage: by layer the sum of w over the tokens of all finished edits, [r]: the constant part of load balancing.
+        ending: ends edits on the device; None leaves it to the host.
     """
 
     def __init__(
-        self, passes: Passes, sets: ParameterSets, config: BaftConfig, usage: Mapping[int, Tensor] | None = None
+        self,
+        passes: Passes,
+        sets: ParameterSets,
+        config: BaftConfig,
+        usage: Mapping[int, Tensor] | None = None,
+        ending: Ending | None = None,
     ) -> None:
         self.passes = passes
         self.sets = sets
         self.config = config
         self.usage = usage or sets.new_usage()
+        self.ending = ending
 
-    def __call__(self, lessons: Sequence[Lesson], rate: float = 1.0) -> Tensor:
-        """Train each lesson's set once on it.
+    def __call__(self, lessons: Sequence[Lesson]) -> Tensor:
+        """Train each lesson's set once on it, and wait for it.
 
         Args:
             lessons: at most one for each set.
-            rate: factor on the learning rates.
 
         Returns:
             Each edit's loss before the step, in order, on the model's device.
         """
-        per_edit = self._differentiate(lessons)
-        self.sets.update([lesson.set for lesson in lessons], rate)
-        return per_edit
+        inputs = self.arrange(lessons)
+        found = self.compute(inputs)
+        self.sets.retract_far(inputs.sets, found.distances.tolist())
+        return found.per_edit
 
-    def _differentiate(self, lessons: Sequence[Lesson]) -> Tensor:
-        """Add the gradients of the lessons' losses to the parameters'; returns each edit's loss."""
-        config = self.config
+    def arrange(
+        self,
+        lessons: Sequence[Lesson],
+        *,
+        rate: float = 1.0,
+        watched: tuple[int, bool, bool] | None = None,
+        few_shapes: bool = False,
+    ) -> StepInputs:
+        """Lay a step's lessons out for ``compute``.
+
+        Args:
+            lessons: at most one for each set.
+            rate: factor on the learning rates.
+            watched: how many of the first edits end the whole by their losses, and whether the step is the first and
+                the last one of its stretch: see ``Watch``.
+            few_shapes: pad so that different lessons come out in the same shapes.
+        """
         edits = [text for lesson in lessons for text in lesson.edits]
         unrelated = [text for lesson in lessons for text in lesson.unrelated]
         of_edits = [lesson.set for lesson in lessons for _ in lesson.edits]
         of_unrelated = [lesson.set for lesson in lessons for _ in lesson.unrelated]
-        by_kl = bool(unrelated) and config.locality_loss == "kl"
-        by_update = bool(unrelated) and config.locality_loss == "update"
-        with self.passes.run(
+        texts = self.passes.arrange(
             edits,
             unrelated,
             [*of_edits, *of_unrelated],
-            grouped=self.sets.grouped,
-            predictions=by_kl,
-            records=by_update or config.balance_weight > 0,
-        ) as passed:
-            device = passed.answers.device
-            wanted = torch.tensor([token for text in edits for token in text.ids[text.prompt_length :]]).to(device)
-            answer_lengths = [len(text.ids) - text.prompt_length for text in edits]
-            per_edit = objective.mean_of(objective.answer_nll(passed.answers, wanted), _counts(answer_lengths, device))
-            loss = objective.mean_of(per_edit, _counts([len(lesson.edits) for lesson in lessons], device))
-            if config.balance_weight > 0:
-                loss = loss + config.balance_weight * self._balance(passed, lessons)
-            if by_kl:
-                assert passed.edited is not None and passed.unedited is not None
-                change = objective.kl_to_base(passed.edited, passed.unedited)
-                loss = loss + config.locality_weight * objective.mean_of(change, _unrelated_tokens(lessons, device))
-            if by_update:
-                loss = loss + config.locality_weight * self._relative_update(passed, lessons)
-            loss.sum().backward()
-        return per_edit.detach()
+            predictions=bool(unrelated) and self.config.locality_loss == "kl",
+            few_shapes=few_shapes,
+        )
+        device = texts.answer_cells.device
+        count = rounded_up(len(edits), parts=1) if few_shapes else len(edits)
 
-    def _balance(self, passed: Passed, lessons: Sequence[Lesson]) -> Tensor:
+        def sizes(of_groups: Sequence[int], all_of_them: int) -> Tensor:
+            return sent([*of_groups, all_of_them - sum(of_groups)], device)
+
+        wanted = [token for text in edits for token in text.ids[text.prompt_length :]]
+        answers = [len(text.ids) - text.prompt_length for text in edits]
+        watch = None
+        if watched is not None:
+            first_edits, first, last = watched
+            flags = [k < first_edits for k in range(count)]
+            watch = Watch(*(sent(value, device, torch.bool) for value in (flags, first, last)))
+        return StepInputs(
+            texts=texts,
+            wanted=sent(wanted + [0] * (len(texts.answer_cells) - len(wanted)), device),
+            answers=sizes(answers + [0] * (count - len(edits)), len(texts.answer_cells)),
+            edits=sizes([len(lesson.edits) for lesson in lessons], count),
+            edit_tokens=sizes(
+                [sum(len(text.ids) for text in lesson.edits) for lesson in lessons], len(texts.edit_cells)
+            ),
+            unrelated_tokens=sizes(
+                [sum(len(text.ids) for text in lesson.unrelated) for lesson in lessons], len(texts.unrelated_cells)
+            ),
+            rates=self.sets.rates(rate),
+            watch=watch,
+            sets=tuple(lesson.set for lesson in lessons),
+        )
+
+    def compute(self, inputs: StepInputs) -> Found:
+        """Train on what was arranged."""
+        per_edit, loss = self._differentiate(inputs)
+        left_out = None
+        if inputs.watch is not None:
+            assert self.ending is not None
+            left_out = self.ending.judge(per_edit, loss, inputs.watch)
+        distances = self.sets.update(inputs.sets, inputs.rates, left_out)
+        if inputs.watch is not None:
+            assert self.ending is not None
+            self.ending.await_retraction(distances)
+        return Found(per_edit, loss, distances)
+
+    def _differentiate(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Add the gradients of the lessons' losses to the parameters'; returns each edit's loss, and the sum of all."""
+        config = self.config
+        unrelated = len(inputs.texts.unrelated_cells) > 0
+        by_update = unrelated and config.locality_loss == "update"
+        with self.passes.run(
+            inputs.texts, grouped=self.sets.grouped, records=by_update or config.balance_weight > 0
+        ) as passed:
+            wanted = inputs.wanted.to(passed.answers.device)
+            per_edit = _means(objective.answer_nll(passed.answers, wanted), inputs.answers)
+            loss = _means(per_edit, inputs.edits)
+            if config.balance_weight > 0:
+                loss = loss + config.balance_weight * self._balance(passed, inputs)
+            if passed.edited is not None:
+                assert passed.unedited is not None
+                change = objective.kl_to_base(passed.edited, passed.unedited)
+                loss = loss + config.locality_weight * _means(change, inputs.unrelated_tokens)
+            if by_update:
+                loss = loss + config.locality_weight * self._relative_update(passed, inputs)
+            total = loss.sum()
+            total.backward()
+        return per_edit.detach(), total.detach()
+
+    def _balance(self, passed: Passed, inputs: StepInputs) -> Tensor:
         """Of each lesson, the mean over layers, [lessons]."""
-        edits = [text for lesson in lessons for text in lesson.edits]
         terms = []
         for layer, record in passed.records.items():
-            cells = _all_cells(passed, edits, 0).to(record.weights.device)
-            counts = _counts([sum(len(t.ids) for t in lesson.edits) for lesson in lessons], cells.device)
-            usage = objective.sum_of(record.weights.flatten(0, 1).index_select(0, cells), counts)
+            here = record.weights.device
+            weights = record.weights.flatten(0, 1).index_select(0, inputs.texts.edit_cells.to(here))
+            usage = objective.sum_of(weights, inputs.edit_tokens.to(here))[:-1]
             terms.append(objective.balance(self.usage[layer], usage).to(passed.answers.device))
         return torch.stack(terms).mean(0)
 
-    def _relative_update(self, passed: Passed, lessons: Sequence[Lesson]) -> Tensor:
+    def _relative_update(self, passed: Passed, inputs: StepInputs) -> Tensor:
         """Likewise, over the unrelated texts."""
-        unrelated = [text for lesson in lessons for text in lesson.unrelated]
         terms = []
         for record in passed.records.values():
-            cells = _all_cells(passed, unrelated, sum(len(lesson.edits) for lesson in lessons)).to(record.update.device)
+            cells = inputs.texts.unrelated_cells.to(record.update.device)
             change = objective.relative_update(
                 record.update.flatten(0, 1).index_select(0, cells),
                 record.squared_norm.flatten().index_select(0, cells),
                 self.config.locality_margin,
             )
-            terms.append(objective.mean_of(change, _unrelated_tokens(lessons, cells.device)).to(passed.answers.device))
+            terms.append(_means(change, inputs.unrelated_tokens).to(passed.answers.device))
         return torch.stack(terms).mean(0)
 
     @torch.no_grad()
@@ -127,20 +238,13 @@ class TrainingStep:
         """Add the gate weights on the tokens of finished edits to the usage that load balancing looks at."""
         if self.config.balance_weight <= 0:
             return
-        with self.passes.run(edits, [], [0] * len(edits), predictions=False, records=True) as passed:
+        texts = self.passes.arrange(edits, [], [0] * len(edits), predictions=False)
+        with self.passes.run(texts, records=True) as passed:
             for layer, record in passed.records.items():
                 weights = record.weights.flatten(0, 1)
-                self.usage[layer] += weights[_all_cells(passed, edits, 0).to(weights.device)].sum(0)
+                self.usage[layer] += weights[texts.edit_cells.to(weights.device)].sum(0)
 
 
-def _counts(sizes: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(sizes).to(device)
-
-
-def _unrelated_tokens(lessons: Sequence[Lesson], device: torch.device) -> Tensor:
-    return _counts([sum(len(text.ids) for text in lesson.unrelated) for lesson in lessons], device)
-
-
-def _all_cells(passed: Passed, texts: Sequence[Encoded], first: int) -> Tensor:
-    """The cells of all tokens of ``texts``, the first of which has number ``first`` on the grid."""
-    return torch.tensor([c for k, text in enumerate(texts, first) for c in passed.grid.cells(k, 0, len(text.ids))])
+def _means(values: Tensor, sizes: Tensor) -> Tensor:
+    """``objective.mean_of``, but for the last group, which is padding."""
+    return objective.mean_of(values, sizes.to(values.device))[:-1]
