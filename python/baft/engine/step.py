@@ -7,6 +7,7 @@ is captured in a graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,7 +115,9 @@ class TrainingStep:
         """
         inputs = self.arrange(lessons)
         found = self.compute(inputs)
-        self.sets.retract_far(inputs.sets, found.distances.tolist())
+        # A set that isn't finite any more has diverged, which its loss says; the others are to go on.
+        distances = [distance if math.isfinite(distance) else 0.0 for distance in found.distances.tolist()]
+        self.sets.retract_far(inputs.sets, distances)
         return found.per_edit
 
     def arrange(
