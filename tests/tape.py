@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on a CPU: records what a function runs, and runs just that again.
 
-As with a graph, whatever the host did meanwhile isn't done again, tensors stay where they are, and a function that looks
-at a value can't be captured. Other than with a graph, the function runs while it is recorded.
+As with a graph, whatever the host did meanwhile isn't done again, tensors stay where they are, and a function that
+looks at a value can't be captured. Other than with a graph, the function runs while it is recorded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steps begun before it is known what the last one found: what comes too late leaves no trace, and nothing else changes."""
+"""Steps begun before it is known what the last one found: those that were too many leave no trace."""
 
 from __future__ import annotations
 
