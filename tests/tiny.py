@@ -5,11 +5,12 @@ Everything is made in memory, in float32 and from a seed; a model takes millisec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -156,6 +157,26 @@ def random_interventions(
 def attach(model: PreTrainedModel, positions: str = "all", layers: Iterable[int] = (1,), **options: Any) -> Attachment:
     """``random_interventions`` on ``model``, switched on."""
     return Attachment(find_blocks(model), random_interventions(layers, **options), Positions(positions))
+
+
+@torch.no_grad()
+def moved_from_identity(editor: BaftEditor, *, scale: float = 0.3, seed: int = 0) -> BaftEditor:
+    """``editor``, made ready to edit, with sources and biases changed at random: it edits, and all gradients matter."""
+    editor._begin()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in editor.interventions.named_parameters():
+        if not name.endswith(("basis", "gate")):
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return editor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For the modules that import it: tensors so small that threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # Facts that no tiny model knows, and texts that tell of none of them.

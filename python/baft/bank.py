@@ -29,19 +29,22 @@ class AdapterBank:
         if not states:
             raise ValueError("states: expected at least one, got none")
         self._interventions = {layer: GroupedBaftIntervention(i, len(states)) for layer, i in interventions.items()}
-        with torch.no_grad():
-            for layer, intervention in self._interventions.items():
-                for name, parameter in intervention.named_parameters():
-                    for index, state in enumerate(states):
-                        value = state.get(f"layers.{layer}.{name}")
-                        if value is None or value.shape != parameter.shape[1:]:
-                            got = None if value is None else list(value.shape)
-                            raise ValueError(
-                                f"states[{index}], layers.{layer}.{name}: expected shape {list(parameter.shape[1:])},"
-                                f" got {got}"
-                            )
-                        parameter[index].copy_(value)
-                intervention.requires_grad_(False)
+        own = {
+            f"layers.{layer}.{name}": parameter
+            for layer, intervention in self._interventions.items()
+            for name, parameter in intervention.named_parameters()
+        }
+        wanted = {name: list(parameter.shape[1:]) for name, parameter in own.items()}
+        for index, state in enumerate(states):
+            got = {name: list(value.shape) for name, value in state.items() if name.startswith("layers.")}
+            for name in [*wanted, *got]:
+                if got.get(name) != wanted.get(name):
+                    expected = f"shape {wanted[name]}" if name in wanted else "no such parameter"
+                    raise ValueError(f"states[{index}], {name}: expected {expected}, got {got.get(name)}")
+            for name, parameter in own.items():
+                parameter.detach()[index].copy_(state[name])
+        for parameter in own.values():
+            parameter.requires_grad_(False)
         self._count = len(states)
 
     def __len__(self) -> int:

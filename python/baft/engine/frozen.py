@@ -57,18 +57,18 @@ class FrozenStates:
             index[start : start + len(text.ids)] = range(first, first + len(text.ids))
         return self._prefixes.rows(index).view(*grid.ids.shape, -1)
 
-    def head_input(self, texts: Sequence[Encoded], rows: int) -> Tensor:
+    def head_input(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
         """What the unedited model's head is given at the tokens of ``texts``, one text behind the other.
 
         Returns:
-            [rows, d]; those behind the last token repeat the first.
+            [rows, d], by default one for each token; those behind the last token repeat the first.
         """
         self._know(texts)
         index: list[int] = []
         for text in texts:
             first = self._head_inputs.start(text.ids)
             index += range(first, first + len(text.ids))
-        return self._head_inputs.rows(index + index[:1] * (rows - len(index)))
+        return self._head_inputs.rows(index + index[:1] * (0 if rows is None else rows - len(index)))
 
     def forget_if_changed(self) -> bool:
         """Forget all if the model's weights are others than they were, or were written to; returns whether they are."""
@@ -139,7 +139,9 @@ class _Vectors:
             return
         end = self._used + len(vectors)
         if self._buffer is None or end > len(self._buffer):
-            grown = vectors.new_empty(max(2 * end, 1024), vectors.shape[-1])
+            # Twice the room, but not beyond the budget for more than is needed.
+            room = max(end, min(2 * end, self._budget // vectors[0].nbytes))
+            grown = vectors.new_empty(room, vectors.shape[-1])
             if self._buffer is not None:
                 grown[: self._used] = self._buffer[: self._used]
             self._buffer = grown
@@ -148,5 +150,6 @@ class _Vectors:
         self._used = end
 
     def clear(self) -> None:
+        self._buffer = None
         self._starts.clear()
         self._used = 0

@@ -99,15 +99,17 @@ def lay_out(
     longest = max(lengths)
     if few_shapes:
         longest = -(-longest // _WIDTHS.step) * _WIDTHS.step
-    width = _width(lengths, sets, longest) if side_by_side else longest
-    places = _first_fit(lengths, sets, width) if side_by_side else [(row, 0) for row in range(len(texts))]
+    width, places = longest, [(row, 0) for row in range(len(texts))]
+    if side_by_side:
+        width, places = _fitted(lengths, sets, longest)
     filled = 1 + max(row for row, _ in places)
     rows = rounded_up(filled, _ROW_BUCKETS) if few_shapes else filled
     starts = tuple(row * width + column for row, column in places)
     # Padding behind a row's last text is a text of its own, that nothing looks at.
     ids, mask = [pad_id] * (rows * width), [0] * (filled * width) + [1] * ((rows - filled) * width)
     of_row, ends = [0] * rows, [0] * rows
-    numbers = list(range(width))
+    # No position is beyond the longest text's, where a model's table of positions may end.
+    numbers = [column % longest for column in range(width)]
     at, of_text = [0] * (rows * width), [-1] * (rows * width)
     for number, (text, length, (row, column), chosen) in enumerate(zip(texts, lengths, places, sets, strict=True)):
         start = starts[number]
@@ -146,6 +148,15 @@ def _apart(of_text: Tensor, dtype: torch.dtype) -> Tensor:
     """What added to attention's scores lets each token see its text up to itself: [G, W] -> [G, 1, W, W]."""
     seen = (of_text.unsqueeze(-1) == of_text.unsqueeze(-2)).tril()
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _fitted(lengths: Sequence[int], sets: Sequence[int], longest: int) -> tuple[int, list[tuple[int, int]]]:
+    """The width of rows, and the texts' places on them, which are never more cells than with one text a row."""
+    width = _width(lengths, sets, longest)
+    places = _first_fit(lengths, sets, width)
+    if (1 + max(row for row, _ in places)) * width > len(lengths) * longest:
+        return longest, _first_fit(lengths, sets, longest)
+    return width, places
 
 
 def _width(lengths: Sequence[int], sets: Sequence[int], longest: int) -> int:

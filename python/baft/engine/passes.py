@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.frozen import FrozenStates
 from baft.engine.grid import Grid, lay_out
+from baft.engine.modes import evaluating
 from baft.engine.options import EngineOptions
 from baft.engine.replay import Replay
 from baft.engine.transfer import sent
@@ -179,12 +181,14 @@ class Passes:
             if grouped is not None:
                 stack.enter_context(self.attachment.sets(grouped, grid.sets))
             seen = stack.enter_context(self.attachment.recording()) if records else {}
-            logits, unedited = self._replay(
-                grid,
-                cells,
-                prefix=inputs.prefix,
-                unedited_input=inputs.head_input,
-                head_everywhere=not self.options.head_where_needed,
+            logits, unedited = stack.enter_context(
+                self._replay.run(
+                    grid,
+                    cells,
+                    prefix=inputs.prefix,
+                    unedited_input=inputs.head_input,
+                    head_everywhere=not self.options.head_where_needed,
+                )
             )
             split = len(inputs.answer_cells)
             yield Passed(
@@ -200,19 +204,25 @@ class Passes:
         return {"texts_side_by_side": self._side_by_side, "padding": padding}
 
     @torch.no_grad()
-    def _predictions(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
+    def _predictions(self, texts: Sequence[Encoded], rows: int | None = None, *, masked: bool = True) -> Tensor:
         """The unedited model's logits at every token of ``texts``, one text behind the other; up to ``rows`` padded."""
-        grid = self._lay_out(texts)
+        grid = self._lay_out(texts, masked=masked)
         cells = _all_cells(grid, texts, 0)
         padding = 0 if rows is None else rows - len(cells)
-        with self.attachment.disabled():
-            return self._replay(
-                grid,
-                sent(cells + [0] * padding, grid.ids.device),
-                head_everywhere=not self.options.head_where_needed,
-            ).edited
+        wanted = sent(cells + [0] * padding, grid.ids.device)
+        everywhere = not self.options.head_where_needed
+        with self.attachment.disabled(), self._replay.run(grid, wanted, head_everywhere=everywhere) as logits:
+            return logits.edited
 
-    def _lay_out(self, texts: Sequence[Encoded], sets: Sequence[int] | None = None, few_shapes: bool = False) -> Grid:
+    def _lay_out(
+        self,
+        texts: Sequence[Encoded],
+        sets: Sequence[int] | None = None,
+        few_shapes: bool = False,
+        *,
+        masked: bool = True,
+    ) -> Grid:
+        masked = masked and self._takes_mask(max(len(text.ids) for text in texts))
         return lay_out(
             texts,
             [0] * len(texts) if sets is None else sets,
@@ -220,7 +230,7 @@ class Passes:
             pad_id=self.encoder.pad_id,
             device=self.model.device,
             side_by_side=self._side_by_side,
-            masked_in=self.model.dtype if self._takes_mask(max(len(text.ids) for text in texts)) else None,
+            masked_in=self.model.dtype if masked else None,
             few_shapes=few_shapes,
         )
 
@@ -235,12 +245,13 @@ class Passes:
     def _keeps_texts_apart(self) -> bool:
         """Whether the model computes texts that lie side by side as it does each alone: tried, on two of them."""
         one, other = (Encoded(ids, len(ids), subject=(0, 0)) for ids in ((1, 2, 3, 4, 5), (6, 7, 8)))
-        self._side_by_side = True
-        with self.attachment.disabled():
-            together = self._predictions([one, other])
+        ways = {self._takes_mask(length) for length in (len(one.ids), sys.maxsize)}  # of short texts, of long ones
+        with evaluating(self.model), self.attachment.disabled():
             self._side_by_side = False
             alone = torch.cat((self._predictions([one]), self._predictions([other])))
-        return bool((together - alone).abs().max() < _SAME * alone.std())
+            self._side_by_side = True
+            together = [self._predictions([one, other], masked=masked) for masked in ways]
+        return all(bool((logits - alone).abs().max() < _SAME * alone.std()) for logits in together)
 
 
 def _all_cells(grid: Grid, texts: Sequence[Encoded], first: int) -> list[int]:

@@ -79,7 +79,8 @@ class Replay:
             self.model(**grid.inputs())
         return Observed(seen["prefix"], seen["head_input"])
 
-    def __call__(
+    @contextmanager
+    def run(
         self,
         grid: Grid,
         cells: Tensor,
@@ -87,8 +88,8 @@ class Replay:
         prefix: Tensor | None = None,
         unedited_input: Tensor | None = None,
         head_everywhere: bool = False,
-    ) -> Logits:
-        """Run the model.
+    ) -> Iterator[Logits]:
+        """Run the model; to be left after the backward pass, since checkpointed blocks are run once more in it.
 
         Args:
             grid: the texts.
@@ -98,7 +99,7 @@ class Replay:
             unedited_input: what the head was given elsewhere by the unedited model, [K, d], or None.
             head_everywhere: make the logits of every cell, and choose then.
 
-        Returns:
+        Yields:
             Logits [M, V] at ``cells``, and [K, V] of ``unedited_input``, which take no gradient.
         """
         run_head = self.head.forward
@@ -118,9 +119,9 @@ class Replay:
             replaced.append((self.blocks.modules[self.first], self._returning(prefix)))
         with _forwards(replaced):
             logits = self.model(**grid.inputs()).logits[0]
-        here = grid.ids.numel() if head_everywhere else len(cells)
-        wanted = logits[:here].index_select(0, cells.to(logits.device)) if head_everywhere else logits[:here]
-        return Logits(wanted, None if unedited_input is None else logits[here:].detach())
+            here = grid.ids.numel() if head_everywhere else len(cells)
+            wanted = logits[:here].index_select(0, cells.to(logits.device)) if head_everywhere else logits[:here]
+            yield Logits(wanted, None if unedited_input is None else logits[here:].detach())
 
     def _returning(self, h: Tensor | None) -> Forward:
         """A block's forward that returns ``h``, or what it is given."""

@@ -1,0 +1,205 @@
+"""What is remembered of a frozen model: the model's own vectors, the same bits whatever was asked before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import FAMILIES, UNRELATED, WIDTH, attach, tiny_model, tiny_tokenizer
+from tiny import one_thread as one_thread
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from baft.engine.encoding import Encoded, Encoder
+from baft.engine.options import EngineOptions
+from baft.engine.passes import Passes
+from baft.engine.replay import Replay
+from baft.engine.unrelated import UnrelatedPool
+
+ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
+EDITS = [
+    ENCODER.pair("The capital of Norland is", "Ebor", "Norland"),
+    ENCODER.pair("Ada Lund is", "president", "Ada Lund"),
+    ENCODER.pair("Paris is the capital of", "Sudland", "Paris"),
+]
+POOL = UnrelatedPool(UNRELATED, ENCODER)
+COMPANY = next(POOL.in_chunks(64))
+
+
+class Memory:
+    """What ``FrozenStates`` remembers of a model whose block 1 is the first that is edited."""
+
+    def __init__(self, model: PreTrainedModel | None = None, *, memory: int = 1 << 30) -> None:
+        self.model = model or tiny_model()
+        self.attachment = attach(self.model, layers=(1, 2))
+        self.passes = Passes(self.model, self.attachment, ENCODER, POOL, EngineOptions(memory=memory))
+        self.states = self.passes._frozen
+
+    def of(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
+        """Of each text what the first edited block returns, and what the head is given, asked for in one step."""
+        grid = self.passes._lay_out(texts)
+        prefix = self.states.prefix(texts, grid).flatten(0, 1)
+        assert prefix.isfinite().all()
+        lengths = [len(text.ids) for text in texts]
+        head_inputs = self.states.head_input(texts).split(lengths)
+        return [(prefix[grid.cells(k, 0, lengths[k])], head_inputs[k]) for k in range(len(texts))]
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many tokens are computed, each time that the model is asked."""
+    computed: list[int] = []
+    observe = Replay.observe
+
+    def watch(replay: Replay, grid: object) -> object:
+        computed.append(grid.tokens)  # type: ignore[attr-defined]
+        return observe(replay, grid)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Replay, "observe", watch)
+        yield computed
+
+
+def tokens(*texts: Encoded) -> int:
+    return sum(len(text.ids) for text in texts)
+
+
+def assert_same(actual: Sequence[tuple[Tensor, Tensor]], expected: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        for vectors, wanted in zip(one, other, strict=True):
+            assert vectors.dtype == wanted.dtype
+            assert torch.equal(vectors, wanted)
+
+
+# -- what it is --
+
+
+def observed_alone(family: str, text: Encoded) -> tuple[Tensor, Tensor]:
+    """The same by hooks, of a text that is the whole batch, on a model without interventions."""
+    model, seen = tiny_model(family), list[Tensor]()
+
+    def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    model.get_submodule(FAMILIES[family].blocks)[1].register_forward_hook(keep)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([text.ids]), use_cache=False)
+    return seen[0][0], seen[1][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_the_unedited_model_computes(family: str) -> None:
+    texts = [*EDITS, *COMPANY]
+    expected = [observed_alone(family, text) for text in texts]
+    for (prefix, head_input), (block, head) in zip(Memory(tiny_model(family)).of(texts), expected, strict=True):
+        torch.testing.assert_close(prefix, block, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head_input, head, rtol=1e-4, atol=1e-4)
+
+
+# -- the same bits --
+
+
+def test_it_does_not_depend_on_what_was_asked_before_or_together() -> None:
+    texts = [*EDITS, *COMPANY]
+    expected = Memory().of(texts)
+    for order in ([6, 5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 6, 2, 4]):
+        together, one_by_one = Memory(), Memory()
+        assert_same(together.of([texts[k] for k in order]), [expected[k] for k in order])
+        for k in order:
+            assert_same(one_by_one.of([texts[k]]), [expected[k]])
+            assert_same(one_by_one.of([texts[k], texts[0]]), [expected[k], expected[0]])
+
+
+def test_each_text_is_computed_once_and_unrelated_ones_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    with watched(monkeypatch) as computed:
+        memory.of(EDITS[:2])
+        memory.of([*EDITS, *COMPANY[1:3], EDITS[0]])
+        memory.of([*COMPANY, *EDITS])
+    assert computed == [tokens(text) for text in EDITS] + [tokens(*COMPANY)]
+
+
+def test_a_text_that_is_both_edited_and_unrelated_is_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Encoded(COMPANY[2].ids, prompt_length=3, subject=(1, 2))
+    expected = Memory().of(COMPANY)[2]
+    memory = Memory()
+    with watched(monkeypatch) as computed:
+        assert_same(memory.of([EDITS[0], shared, COMPANY[2]])[1:], [expected, expected])
+    assert sorted(computed) == sorted([tokens(EDITS[0]), tokens(*COMPANY)])
+
+
+# -- the budget --
+
+
+def test_a_used_up_budget_forgets_and_computes_the_same_bits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*EDITS, *COMPANY]
+    expected = Memory().of(texts)
+    # Each text fits alone; not one fits beside the company.
+    memory = Memory(memory=2 * 4 * WIDTH * tokens(*COMPANY))
+    with watched(monkeypatch) as computed:
+        for k in (0, 3, 0, 4, 1, 6):
+            assert_same(memory.of([texts[k]]), [expected[k]])
+    company = tokens(*COMPANY)
+    assert computed == [tokens(EDITS[0]), company, tokens(EDITS[0]), company, tokens(EDITS[1]), company]
+
+
+def test_a_step_larger_than_the_budget_is_taken_all_the_same() -> None:
+    texts = [*EDITS, *COMPANY]
+    expected = Memory().of(texts)
+    memory = Memory(memory=1)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [6, 0]):
+        assert_same(memory.of([texts[k] for k in order]), [expected[k] for k in order])
+
+
+def test_no_more_memory_is_held_than_the_budget_says() -> None:
+    texts = [Encoded(tuple(range(first, first + 60)), 60) for first in range(3, 60)]
+    rows = 60 * len(texts) - 100
+    budget = 2 * 4 * WIDTH * rows
+    memory = Memory(memory=budget)
+    for one in texts:
+        memory.of([one])
+        buffers = [memory.states._prefixes._buffer, memory.states._head_inputs._buffer]
+        assert sum(buffer.nbytes for buffer in buffers if buffer is not None) <= budget
+
+
+# -- changed weights --
+
+
+def test_nothing_is_computed_again_while_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    memory.of(EDITS)
+    with watched(monkeypatch) as computed:
+        memory.passes.refresh()
+        memory.of(EDITS)
+    assert computed == []
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.2.mlp.up_proj"])
+@pytest.mark.parametrize("how", ["written to", "loaded", "replaced"])
+def test_changed_weights_are_noticed_when_asked_to_look(where: str, how: str) -> None:
+    memory = Memory()
+    memory.of(EDITS)
+    module = memory.model.model.get_submodule(where)
+    changed = module.weight.detach() + 0.1 * torch.randn_like(module.weight)
+    if how == "written to":
+        with torch.no_grad():
+            module.weight.copy_(changed)
+    elif how == "loaded":
+        module.load_state_dict({"weight": changed})
+    else:
+        module.weight = nn.Parameter(changed)
+    memory.passes.refresh()
+    fresh = tiny_model()
+    fresh.load_state_dict(memory.model.state_dict())
+    assert_same(memory.of(EDITS), Memory(fresh).of(EDITS))
+
+
+def test_another_dtype_is_noticed() -> None:
+    memory = Memory()
+    memory.of(EDITS)
+    memory.model.bfloat16()
+    memory.passes.refresh()
+    assert_same(memory.of(EDITS), Memory(tiny_model().bfloat16()).of(EDITS))
