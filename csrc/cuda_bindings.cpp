@@ -23,9 +23,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Dtype dtype_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
-                  "expected bfloat16 or float16");
-  return x.scalar_type() == ScalarType::BFloat16 ? Dtype::bfloat16 : Dtype::float16;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::Float: return Dtype::float32;
+    default: STD_TORCH_CHECK(false, "expected bfloat16, float16 or float32");
+  }
 }
 
 template <class Value>
@@ -42,16 +45,17 @@ Value* pointer_to(const std::optional<Tensor>& x, ScalarType type, int64_t count
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// Words of packed parameters: a quarter of the numbers' rows for each of 32 lanes and every 16 columns.
-uint32_t* words_of(const std::optional<Tensor>& x, int64_t sets, int64_t rows, int64_t width) {
-  return pointer_to<uint32_t>(x, ScalarType::Int, sets * width * rows / 2);
+// Packed parameters: words of 32 bits.
+uint32_t* words_of(const std::optional<Tensor>& x, int64_t sets, int64_t rows, int64_t width, Dtype dtype) {
+  return pointer_to<uint32_t>(x, ScalarType::Int, sets * width * rows * bytes_of(dtype) / 4);
 }
 
 void check_matrix(const Tensor& x, int64_t rows, int64_t width) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == width && x.stride(1) == 1,
                   "expected a matrix of shape [T, d], rows without gaps");
-  STD_TORCH_CHECK(x.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-                  "expected rows that begin at multiples of 16 bytes");
+  STD_TORCH_CHECK(
+      x.stride(0) * bytes_of(dtype_of(x)) % 16 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+      "expected rows that begin at multiples of 16 bytes");
 }
 
 #ifdef BAFT_EMULATED // for the tests, which link these bindings with the emulated GPU
@@ -95,6 +99,7 @@ void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Te
              int64_t gate, bool settled) {
   const int64_t total = h.size(0), width = h.size(1), rank = update.size(1), sets = bias.size(0);
   const int64_t padded = baft::cuda::padded_rank(rank);
+  const Dtype dtype = dtype_of(h);
   check_matrix(h, total, width);
   check_matrix(out, total, width);
   STD_TORCH_CHECK(h.scalar_type() == out.scalar_type(), "expected h and out of one dtype");
@@ -107,12 +112,12 @@ void forward(const Tensor& h, const Tensor& out, const Tensor& weights, const Te
   call.rank = static_cast<int>(rank);
   call.gate = static_cast<Gate>(gate);
   call.settled = settled;
-  call.projection = words_of(projection, sets, 2 * padded, width);
-  call.basis = words_of(basis, sets, padded, width);
+  call.projection = words_of(projection, sets, 2 * padded, width, dtype);
+  call.basis = words_of(basis, sets, padded, width, dtype);
   call.bias = pointer_to<float>(bias, ScalarType::Float, sets * 2 * rank);
   call.weights = pointer_to<float>(weights, ScalarType::Float, total * rank);
   call.update = pointer_to<float>(update, ScalarType::Float, total * rank);
-  check_launch(baft::cuda::launch_forward(call, width, dtype_of(h), stream_of(h)));
+  check_launch(baft::cuda::launch_forward(call, width, dtype, stream_of(h)));
 }
 
 void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
@@ -123,6 +128,7 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
               const std::optional<Tensor>& partial_bias, const std::optional<Tensor>& slot_sets, int64_t sets) {
   const int64_t total = h.size(0), width = h.size(1), rank = update.size(1);
   const int64_t padded = baft::cuda::padded_rank(rank);
+  const Dtype dtype = dtype_of(h);
   check_matrix(h, total, width);
   check_matrix(grad_out, total, width);
   STD_TORCH_CHECK(h.scalar_type() == grad_out.scalar_type(), "expected h and the gradient of out of one dtype");
@@ -140,21 +146,21 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
   call.rows = rows_of(list, mask, adapters, total);
   call.rank = static_cast<int>(rank);
   call.gate = static_cast<Gate>(gate);
-  call.basis = words_of(basis, sets, padded, width);
-  call.projection = words_of(projection, sets, 2 * padded, width);
+  call.basis = words_of(basis, sets, padded, width, dtype);
+  call.projection = words_of(projection, sets, 2 * padded, width, dtype);
   call.weights = pointer_to<float>(weights, ScalarType::Float, total * rank);
   call.update = pointer_to<float>(update, ScalarType::Float, total * rank);
   call.grad_weights = pointer_to<float>(grad_weights, ScalarType::Float, total * rank);
   call.grad_update = pointer_to<float>(grad_update, ScalarType::Float, total * rank);
   if (partial) {
-    const baft::cuda::BackwardSlots needed = baft::cuda::backward_slots(call.rows, width, rank, dtype_of(h));
+    const baft::cuda::BackwardSlots needed = baft::cuda::backward_slots(call.rows, width, rank, dtype);
     const int64_t slots = needed.slots, parts = needed.parts;
     STD_TORCH_CHECK(partial_bias && slot_sets, "expected all of what the parameters' gradients take, or nothing");
     call.partial = pointer_to<float>(*partial, ScalarType::Float, slots * 3 * padded * width);
     call.partial_bias = pointer_to<float>(*partial_bias, ScalarType::Float, slots * parts * 2 * padded);
     call.slot_sets = pointer_to<int32_t>(*slot_sets, ScalarType::Int, slots);
   }
-  check_launch(baft::cuda::launch_backward(call, width, dtype_of(h), stream_of(h)));
+  check_launch(baft::cuda::launch_backward(call, width, dtype, stream_of(h)));
 }
 
 void backward_reduce(const Tensor& partial, const Tensor& partial_bias, const Tensor& slot_sets, const Tensor& basis,
@@ -197,12 +203,13 @@ void retract(const std::vector<Tensor>& bases, const Tensor& distances, int64_t 
 void pack(const std::vector<Tensor>& basis, const std::vector<Tensor>& source, const std::vector<Tensor>& source_bias,
           const OptionalTensors& gate, const OptionalTensors& gate_bias, const OptionalTensors& forward_projection,
           const OptionalTensors& forward_basis, const OptionalTensors& bias, const OptionalTensors& backward_basis,
-          const OptionalTensors& backward_projection, bool half) {
+          const OptionalTensors& backward_projection, int64_t dtype) {
   const size_t count = basis.size();
   STD_TORCH_CHECK(count > 0, "expected layers to pack");
   for (const size_t size : {source.size(), source_bias.size(), gate.size(), gate_bias.size(), forward_projection.size(),
                             forward_basis.size(), bias.size(), backward_basis.size(), backward_projection.size()})
     STD_TORCH_CHECK(size == count, "expected lists of one length");
+  const Dtype to = static_cast<Dtype>(dtype);
   std::vector<baft::cuda::Pack> layers(count);
   for (size_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(basis[i].dim() >= 2, "expected parameters [r, d], or sets of them [N, r, d]");
@@ -218,14 +225,13 @@ void pack(const std::vector<Tensor>& basis, const std::vector<Tensor>& source, c
     layer.rank = rank;
     layer.width = width;
     layer.padded_rank = baft::cuda::padded_rank(rank);
-    layer.forward_projection = words_of(forward_projection[i], sets, 2 * layer.padded_rank, width);
-    layer.forward_basis = words_of(forward_basis[i], sets, layer.padded_rank, width);
-    layer.backward_basis = words_of(backward_basis[i], sets, layer.padded_rank, width);
-    layer.backward_projection = words_of(backward_projection[i], sets, 2 * layer.padded_rank, width);
+    layer.forward_projection = words_of(forward_projection[i], sets, 2 * layer.padded_rank, width, to);
+    layer.forward_basis = words_of(forward_basis[i], sets, layer.padded_rank, width, to);
+    layer.backward_basis = words_of(backward_basis[i], sets, layer.padded_rank, width, to);
+    layer.backward_projection = words_of(backward_projection[i], sets, 2 * layer.padded_rank, width, to);
     layer.bias = pointer_to<float>(bias[i], ScalarType::Float, sets * 2 * rank);
   }
-  check_launch(baft::cuda::launch_pack(layers.data(), static_cast<int>(count), half ? Dtype::float16 : Dtype::bfloat16,
-                                       stream_of(basis[0])));
+  check_launch(baft::cuda::launch_pack(layers.data(), static_cast<int>(count), to, stream_of(basis[0])));
 }
 
 } // namespace
@@ -244,32 +250,34 @@ static PyObject* padded_rank(PyObject*, PyObject* rank) {
 
 static PyObject* has_kernels(PyObject*, PyObject* arguments) {
   long width, rank;
-  int architecture;
-  if (!PyArg_ParseTuple(arguments, "lli", &width, &rank, &architecture)) return nullptr;
-  return PyBool_FromLong(baft::cuda::has_forward(width, rank) && baft::cuda::has_backward(width, rank, architecture));
+  int dtype, architecture;
+  if (!PyArg_ParseTuple(arguments, "llii", &width, &rank, &dtype, &architecture)) return nullptr;
+  const Dtype numbers = static_cast<Dtype>(dtype);
+  return PyBool_FromLong(baft::cuda::has_forward(width, rank, numbers) &&
+                         baft::cuda::has_backward(width, rank, numbers, architecture));
 }
 
 static PyObject* backward_slots(PyObject*, PyObject* arguments) {
   long width, rank, sequences, length;
-  int half;
-  if (!PyArg_ParseTuple(arguments, "llpll", &width, &rank, &half, &sequences, &length)) return nullptr;
+  int dtype;
+  if (!PyArg_ParseTuple(arguments, "llill", &width, &rank, &dtype, &sequences, &length)) return nullptr;
   const baft::cuda::Rows rows = {nullptr, nullptr, nullptr, sequences, length};
-  const auto [slots, parts] = baft::cuda::backward_slots(rows, width, rank, half ? Dtype::float16 : Dtype::bfloat16);
+  const auto [slots, parts] = baft::cuda::backward_slots(rows, width, rank, static_cast<Dtype>(dtype));
   return Py_BuildValue("LL", static_cast<long long>(slots), static_cast<long long>(parts));
 }
 
 static PyMethodDef methods[] = {
     {"padded_rank", padded_rank, METH_O, "The rank that kernels for this one are compiled for, 0 for none."},
     {"has_kernels", has_kernels, METH_VARARGS,
-     "Whether kernels are compiled for a width, a rank, and an architecture: 900 for sm_90."},
+     "Whether kernels are compiled for a width, a rank, a dtype (kernels.h), and an architecture: 900 for sm_90."},
     {"backward_slots", backward_slots, METH_VARARGS,
-     "Slots and parts that a backward pass takes: width, rank, whether float16, sequences, their length."},
+     "Slots and parts that a backward pass takes: width, rank, dtype, sequences, their length."},
     {}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__cuda() {
   PyObject* made = PyModule_Create(&module);
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 3); // see cpu_bindings.cpp
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 4); // see cpu_bindings.cpp
   return made;
 }

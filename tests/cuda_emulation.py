@@ -39,7 +39,7 @@ __all__ = [
 
 ROOT = Path(__file__).parents[1]
 GATES = ("sigmoid", "softmax", "none")
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # as csrc/cuda/kernels.h counts them
 
 
 class Rows(ctypes.Structure):
@@ -196,7 +196,7 @@ def pack(parameters: Any, padded_rank: int, dtype: torch.dtype, *, seed: int = 0
     """Parameters [N, r, d] and [N, r], float32, by the packing kernel."""
     basis = parameters[0]
     sets, rank, width = basis.shape
-    per_row = sets * width // 16 * 32 // 4
+    per_row = sets * width * dtype.itemsize // 4
     words = {name: torch.full((per_row * rows,), -1, dtype=torch.int32) for name, rows in (
         ("forward_projection", 2 * padded_rank), ("forward_basis", padded_rank),
         ("backward_basis", padded_rank), ("backward_projection", 2 * padded_rank),

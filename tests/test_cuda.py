@@ -43,7 +43,13 @@ if shutil.which("g++") is None:
 import cuda_emulation as emulation  # after it is known that it can be built
 
 # Width, rank before padding, dtype.
-SHAPES = [(128, 5, torch.bfloat16), (256, 12, torch.bfloat16), (512, 16, torch.float16)]
+SHAPES = [
+    (128, 5, torch.bfloat16),
+    (256, 12, torch.bfloat16),
+    (512, 16, torch.float16),
+    (128, 8, torch.float32),
+    (256, 13, torch.float32),
+]
 POSITIONS = {
     "all": None,
     "mask": torch.tensor([False, True, False, False, True]).repeat(2, 1),
@@ -51,6 +57,7 @@ POSITIONS = {
     "its own of each": torch.tensor([[1, 4], [4, 1]]),
 }
 every_shape = pytest.mark.parametrize(("d", "r", "dtype"), SHAPES)
+both_sizes = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)  # of a number
 every_choice = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 
 
@@ -145,32 +152,35 @@ def test_positions(positions: Tensor | None) -> None:
 
 
 @every_choice
-def test_in_place_on_any_layout(positions: Tensor | None) -> None:
-    call = draw_call((2, 5), 256, 12, dtype=torch.bfloat16)
+@both_sizes
+def test_in_place_on_any_layout(positions: Tensor | None, dtype: torch.dtype) -> None:
+    call = draw_call((2, 5), 256, 12, dtype=dtype)
     expected = baft(*call[:6], positions=positions, backend="cuda")
     layouts = {
         "dense": torch.empty(2, 5, 256),
         "wide": torch.empty(2, 5, 264)[..., :256],
+        "less wide": torch.empty(2, 5, 260)[..., :256],  # a multiple of 16 bytes in float32
         "rows at odd places": torch.empty(2, 5, 259)[..., 1:257],
         "turned": torch.empty(2, 256, 5).mT,
     }
     for layout in layouts.values():
         h = (
-            layout.bfloat16()
+            layout.to(dtype)
             if layout.is_contiguous()
-            else torch.empty_strided(layout.shape, layout.stride(), dtype=torch.bfloat16)
+            else torch.empty_strided(layout.shape, layout.stride(), dtype=dtype)
         )
         h.copy_(call.h)
         assert baft_(h, *call[1:6], positions=positions, backend="cuda") is h
         assert torch.equal(h, expected)
 
 
-def test_gradients_of_any_layout() -> None:
-    call = draw_call((40,), 256, 12, dtype=torch.bfloat16)
+@both_sizes
+def test_gradients_of_any_layout(dtype: torch.dtype) -> None:
+    call = draw_call((40,), 256, 12, dtype=dtype)
     leaves = call._replace(**{name: value.requires_grad_() for name, value in call.floats().items()})
     inputs = list(leaves.floats().values())
     out = on_cuda(*leaves).out
-    one, turned, wide = (torch.randn(shape).bfloat16() for shape in ((1, 1), (256, 40), (40, 259)))
+    one, turned, wide = (torch.randn(shape).to(dtype) for shape in ((1, 1), (256, 40), (40, 259)))
     for gradient in (one.expand(40, 256), turned.mT, wide[:, 1:257]):
         assert not cuda._is_aligned(gradient)
         found = [
@@ -312,24 +322,26 @@ def test_bases_near_and_far_are_retracted() -> None:
 
 def test_info_names_the_shapes_that_are_compiled() -> None:
     table = (emulation.ROOT / "csrc/cuda/instances.h").read_text()
-    highest: dict[int, int] = {}
-    for name in ("FORWARD_DECODE", "FORWARD_STREAM", "BACKWARD_STREAM"):
-        lines = table.partition(f"#define BAFT_{name}(DO)")[2].partition("\n\n")[0]
-        ranks: dict[int, int] = {}
-        for width, rank in re.findall(r"DO\((\d+), (\d+),", lines):
-            ranks[int(width)] = max(int(rank), ranks.get(int(width), 0))
-        highest = ranks if not highest else {d: min(r, highest[d]) for d, r in ranks.items()}
-    by_rank = {rank: ", ".join(str(d) for d, r in highest.items() if r == rank) for rank in (32, 16, 8)}
-    said = cuda.CudaBackend.serves
-    assert f"r up to 32 at d = {by_rank[32]}, up to 16 at {by_rank[16]}, up to 8 at {by_rank[8]};" in said
+    for bits, dtypes in ((16, "bfloat16 and float16 on NVIDIA GPUs from sm_90 on"), (32, "float32")):
+        highest: dict[int, int] = {}
+        for name in ("FORWARD_DECODE", "FORWARD_STREAM", "BACKWARD_STREAM"):
+            lines = table.partition(f"#define BAFT_{name}(DO)")[2].partition("\n\n")[0]
+            ranks: dict[int, int] = {}
+            for width, rank in re.findall(rf"DO\({bits}, (\d+), (\d+),", lines):
+                ranks[int(width)] = max(int(rank), ranks.get(int(width), 0))
+            highest = ranks if not highest else {d: min(r, highest[d]) for d, r in ranks.items()}
+        by_rank = {rank: ", ".join(str(d) for d, r in highest.items() if r == rank) for rank in (32, 16, 8)}
+        said = f"{dtypes}, r up to 32 at d = {by_rank[32]}, up to 16 at {by_rank[16]}, up to 8 at {by_rank[8]};"
+        assert said in cuda.CudaBackend.serves
 
 
 @pytest.mark.parametrize(
     ("h", "rank", "says"),
     [
-        (torch.ones(1, 256), 8, "it serves bfloat16 and float16, and h is float32"),
-        (torch.ones(1, 257, dtype=torch.bfloat16), 8, "its kernels aren't compiled for d = 257 and r = 8"),
-        (torch.ones(1, 256, dtype=torch.bfloat16), 33, "its kernels aren't compiled for d = 256 and r = 33"),
+        (torch.ones(1, 256).double(), 8, "it serves float32, bfloat16 and float16, and h is float64"),
+        (torch.ones(1, 257, dtype=torch.bfloat16), 8, "its kernels aren't compiled for bfloat16, d = 257 and r = 8"),
+        (torch.ones(1, 256, dtype=torch.bfloat16), 33, "its kernels aren't compiled for bfloat16, d = 256 and r = 33"),
+        (torch.ones(1, 512), 16, "its kernels aren't compiled for float32, d = 512 and r = 16"),
     ],
 )
 def test_what_it_cannot_serve(h: Tensor, rank: int, says: str) -> None:

@@ -20,11 +20,12 @@ if shutil.which("g++") is None:
 
 import cuda_emulation as emulation  # after it is known that it can be built
 from cuda_emulation import DecodeShape
-from test_cuda_forward import POSITIONS, draw, every_gate, packed, stream
+from test_cuda_forward import POSITIONS, beyond_its_dtype, draw, every_gate, packed, stream
 
 SHAPES = emulation.decode_shapes()
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"d{s.width}-r{s.rank}-{str(s.dtype)[6:]}")
-SMALL, FLOAT16 = SHAPES[1], SHAPES[2]
+SMALL, FLOAT16, FLOAT32 = SHAPES[1], SHAPES[2], SHAPES[7]
+both_sizes = pytest.mark.parametrize("small", (SMALL, FLOAT32), ids=["16-bit", "32-bit"])  # of a number
 
 
 def decode(call: Call, shape: DecodeShape, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,24 +60,28 @@ def test_it_is_accurate(shape: DecodeShape, gate_fn: str) -> None:
 def test_a_row_does_not_depend_on_its_company(shape: DecodeShape, tile_rows: int) -> None:
     call = draw(shape, 64)
     together = decode(call, shape)
-    for rows in range(1, 18) if shape is SMALL else (1, 13):
+    for rows in range(1, 18) if shape in (SMALL, FLOAT32) else (1, 13):
         some = decode(call._replace(h=call.h[:rows].clone()), shape, tile_rows=tile_rows)
         assert_same_bits(some, [value[:rows] for value in together])
 
 
-def test_it_agrees_with_the_streaming_kernel_to_the_bit_where_that_has_the_same_strips() -> None:
-    streamed = emulation.shapes()[1]
-    assert streamed[1:] == SMALL[1:4]
-    call = draw(SMALL, 20)
-    assert_same_bits(decode(call, SMALL), stream(call, streamed))
+@both_sizes
+def test_it_agrees_with_the_streaming_kernel_to_the_bit_where_that_has_the_same_strips(small: DecodeShape) -> None:
+    streamed = emulation.shapes()[1 if small is SMALL else 6]
+    assert streamed[1:] == small[1:4]
+    call = draw(small, 20)
+    assert_same_bits(decode(call, small), stream(call, streamed))
 
 
-def test_coefficients_beyond_float16_make_no_nan() -> None:
-    call = draw(FLOAT16, 3, 1, gate_fn="none")
-    eye = torch.eye(1, FLOAT16.width)
-    call = call._replace(basis=eye, source=eye, source_bias=torch.tensor([1e6]))
-    out, _, update = decode(call, FLOAT16)
-    assert update.eq(1e6).all()
+@beyond_its_dtype
+def test_coefficients_beyond_their_dtype_make_no_nan(dtype: torch.dtype, value: float) -> None:
+    shape = FLOAT16 if dtype == torch.float16 else FLOAT32
+    call = draw(shape, 3, 1, gate_fn="none")
+    eye = torch.eye(1, shape.width)
+    call = call._replace(basis=eye, source=eye, source_bias=torch.tensor([value]))
+    out, _, update = decode(call, shape)
+    assert update.eq(torch.tensor(value)).all()
+    assert not out.isnan().any()
     assert torch.equal(out[:, 1:], call.h[:, 1:])
 
 
@@ -122,17 +127,19 @@ def test_other_rows_keep_their_bits(shape: DecodeShape, chosen: Any) -> None:
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "elsewhere"])
 @pytest.mark.parametrize("chosen", [None, *POSITIONS.values()], ids=["all", *POSITIONS])
-def test_it_reads_and_writes_the_rows_of_wider_tensors(chosen: Any, in_place: bool) -> None:
+@both_sizes
+def test_it_reads_and_writes_the_rows_of_wider_tensors(chosen: Any, in_place: bool, small: DecodeShape) -> None:
     rows = torch.rand(37) < 0.4
-    call = draw(SMALL, 37)
+    call = draw(small, 37)
     positions = None if chosen is None else chosen(rows)
-    expected = decode(call, SMALL, rows=positions)
+    expected = decode(call, small, rows=positions)
     # Rows at odd multiples of 4 bytes: no more is asked of them.
-    wide, elsewhere = (torch.full((39, SMALL.width + extra), 7.0, dtype=SMALL.dtype) for extra in (6, 10))
-    h, other = (tensor[1:38, 2 : 2 + SMALL.width] for tensor in (wide, elsewhere))
+    word = 4 // small.dtype.itemsize
+    wide, elsewhere = (torch.full((39, small.width + extra * word), 7.0, dtype=small.dtype) for extra in (3, 5))
+    h, other = (tensor[1:38, word : word + small.width] for tensor in (wide, elsewhere))
     h.copy_(call.h)
     other.copy_(call.h)
-    results = decode(call._replace(h=h), SMALL, rows=positions, out=h if in_place else other)
+    results = decode(call._replace(h=h), small, rows=positions, out=h if in_place else other)
     assert_same_bits(results, expected)
     if not in_place:
         assert torch.equal(h, call.h)
@@ -188,18 +195,19 @@ def test_adapters_are_waited_for() -> None:
 
 @every_gate
 @pytest.mark.parametrize("length", [1, 8, 11])
-def test_each_sequence_uses_its_own_set(gate_fn: str, length: int) -> None:
-    call = draw_grouped((5, length), SMALL.width, 12, 3, dtype=SMALL.dtype, gate_fn=gate_fn)
+@both_sizes
+def test_each_sequence_uses_its_own_set(gate_fn: str, length: int, small: DecodeShape) -> None:
+    call = draw_grouped((5, length), small.width, 12, 3, dtype=small.dtype, gate_fn=gate_fn)
     flat = call._replace(h=call.h.flatten(0, 1))
     ids = torch.tensor([2, 0, 0, 1, 2])
-    results = decode(flat, SMALL, adapters=ids)
+    results = decode(flat, small, adapters=ids)
     for place, index in enumerate(ids.tolist()):
         one = {
             name: None if value is None else value[index]
             for name, value in call._asdict().items()
             if name in ("basis", "source", "source_bias", "gate", "gate_bias")
         }
-        alone = decode(call._replace(h=call.h[place].contiguous(), **one), SMALL)
+        alone = decode(call._replace(h=call.h[place].contiguous(), **one), small)
         assert_same_bits([value[place * length : (place + 1) * length] for value in results], alone)
 
 

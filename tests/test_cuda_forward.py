@@ -24,7 +24,10 @@ from cuda_emulation import EmulatedParameters, Shape
 SHAPES = emulation.shapes()
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"d{s.width}-r{s.rank}-{str(s.dtype)[6:]}")
 every_gate = pytest.mark.parametrize("gate_fn", GATE_FNS)
-SMALL = SHAPES[1]
+SMALL, FLOAT16, FLOAT32 = SHAPES[1], SHAPES[2], SHAPES[6]
+both_sizes = pytest.mark.parametrize("small", (SMALL, FLOAT32), ids=["16-bit", "32-bit"])  # of a number
+# A coefficient that is beyond float16, and beyond what TF32 can round to a finite number.
+beyond_its_dtype = pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1e6), (torch.float32, 3.4028e38)])
 POSITIONS = {"mask": lambda rows: rows, "list": lambda rows: rows.nonzero().flatten().flip(0)}
 
 
@@ -61,20 +64,24 @@ def test_it_is_accurate(shape: Shape, gate_fn: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 130])
 @pytest.mark.parametrize("clusters", [1, 3, 7])
-def test_any_number_of_rows_on_any_number_of_clusters(rows: int, clusters: int) -> None:
-    call = draw(SMALL, rows)
+@both_sizes
+def test_any_number_of_rows_on_any_number_of_clusters(rows: int, clusters: int, small: Shape) -> None:
+    call = draw(small, rows)
     expected = baft_reference(*call)
-    for actual, wanted in zip(stream(call, SMALL, clusters=clusters), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
+    tolerance = 2e-2 if small is SMALL else 2e-6
+    for actual, wanted in zip(stream(call, small, clusters=clusters), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_coefficients_beyond_float16_make_no_nan() -> None:
-    shape = SHAPES[2]
+@beyond_its_dtype
+def test_coefficients_beyond_their_dtype_make_no_nan(dtype: torch.dtype, value: float) -> None:
+    shape = FLOAT16 if dtype == torch.float16 else FLOAT32
     call = draw(shape, 3, 1, gate_fn="none")
     eye = torch.eye(1, shape.width)
-    call = call._replace(basis=eye, source=eye, source_bias=torch.tensor([1e6]))
+    call = call._replace(basis=eye, source=eye, source_bias=torch.tensor([value]))
     out, _, update = stream(call, shape)
-    assert update.eq(1e6).all()
+    assert update.eq(torch.tensor(value)).all()
+    assert not out.isnan().any()
     assert torch.equal(out[:, 1:], call.h[:, 1:])
 
 
@@ -118,19 +125,20 @@ def test_other_rows_keep_their_bits(shape: Shape, chosen: Any) -> None:
 
 
 @pytest.mark.parametrize("chosen", [None, *POSITIONS.values()], ids=["all", *POSITIONS])
-def test_in_place_writes_the_chosen_rows_only(chosen: Any) -> None:
+@both_sizes
+def test_in_place_writes_the_chosen_rows_only(chosen: Any, small: Shape) -> None:
     rows = torch.rand(37) < 0.4
-    call = draw(SMALL, 37)
+    call = draw(small, 37)
     positions = None if chosen is None else chosen(rows)
-    expected = stream(call, SMALL, rows=positions)
-    wide = torch.full((39, SMALL.width + 8), 7.0, dtype=SMALL.dtype)
-    inner = wide[1:38, : SMALL.width].copy_(call.h)
+    expected = stream(call, small, rows=positions)
+    wide = torch.full((39, small.width + 16 // small.dtype.itemsize), 7.0, dtype=small.dtype)
+    inner = wide[1:38, : small.width].copy_(call.h)
     results = emulation.forward_stream(
-        inner, packed(call, SMALL), SMALL.rank, SMALL, gate_fn=call.gate_fn, rows=positions, out=inner
+        inner, packed(call, small), small.rank, small, gate_fn=call.gate_fn, rows=positions, out=inner
     )
     for actual, wanted in zip(results, expected, strict=True):
         assert torch.equal(actual, wanted)
-    wide[1:38, : SMALL.width] = 7.0
+    wide[1:38, : small.width] = 7.0
     assert wide.eq(7.0).all()
 
 
@@ -138,18 +146,19 @@ def test_in_place_writes_the_chosen_rows_only(chosen: Any) -> None:
 
 
 @every_gate
-def test_each_sequence_uses_its_own_set(gate_fn: str) -> None:
-    call = draw_grouped((5, 20), SMALL.width, 12, 3, dtype=SMALL.dtype, gate_fn=gate_fn)
+@both_sizes
+def test_each_sequence_uses_its_own_set(gate_fn: str, small: Shape) -> None:
+    call = draw_grouped((5, 20), small.width, 12, 3, dtype=small.dtype, gate_fn=gate_fn)
     flat = call._replace(h=call.h.flatten(0, 1))
     ids = torch.tensor([2, 0, 0, 1, 2])
     for clusters in (1, 3):
-        results = stream(flat, SMALL, adapters=ids, clusters=clusters)
+        results = stream(flat, small, adapters=ids, clusters=clusters)
         for place, index in enumerate(ids.tolist()):
             one = {
                 name: None if value is None else value[index]
                 for name, value in call._asdict().items()
                 if name in ("basis", "source", "source_bias", "gate", "gate_bias")
             }
-            alone = stream(call._replace(h=call.h[place].contiguous(), **one), SMALL)
+            alone = stream(call._replace(h=call.h[place].contiguous(), **one), small)
             for actual, expected in zip(results, alone, strict=True):
                 assert torch.equal(actual[place * 20 : place * 20 + 20], expected)

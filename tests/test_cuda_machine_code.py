@@ -30,6 +30,13 @@ NEEDED = {
     "retract": {"STAS", "SYNCS", "FFMA"},
 }
 
+# By type of number: what tensor cores multiply.
+PRODUCTS = {
+    "Bfloat16": {"HMMA.16816.F32.BF16", "HMMA.1688.F32.BF16"},
+    "Float16": {"HMMA.16816.F32", "HMMA.1688.F32"},
+    "Float32": {"HMMA.1688.F32.TF32"},
+}
+
 
 class Kernel(NamedTuple):
     """One instance for one architecture."""
@@ -62,7 +69,7 @@ def named(symbol: str) -> tuple[str, str]:
     assert lengths is not None, symbol
     start = lengths.end()
     name = symbol[start : start + int(lengths[1])]
-    types = re.findall(r"Bfloat16|Float16", symbol)
+    types = re.findall("|".join(PRODUCTS), symbol)
     return name, " ".join([*types, *re.findall(r"Li(\d+)E", symbol)])
 
 
@@ -132,6 +139,12 @@ def test_registers_are_those_of_the_table() -> None:
     assert more == {}
 
 
+@pytest.mark.parametrize("number", PRODUCTS)
+def test_numbers_are_multiplied_as_what_they_are(number: str) -> None:
+    of_number = [listing for (_, _, instance), listing in listings().items() if instance.startswith(number)]
+    assert {i for listing in of_number for i in listing if i.startswith("HMMA")} == PRODUCTS[number]
+
+
 def _needs() -> Iterator[tuple[str, str]]:
     yield from ((architecture, name) for architecture in ("sm_90a", "sm_100a") for name in NEEDED)
 
@@ -160,8 +173,11 @@ def test_few_rows_wait_for_the_previous_kernel_between_parameters_and_all_else()
         assert ahead == [], where
         wide = [int(i.rpartition(".")[2]) // 32 for i in between if re.fullmatch(r"LDG\.E\.(64|128)", i)]
         assert len(wide) == len(between), where
-        assert sum(wide) == 2 + strip // 16 * 3 * rank // 4, where  # an adapter, and 16 columns of D, G and R at a time
-        assert {"LDG.E", "LDG.E.U8"} < set(after) <= {"LDG.E", "LDG.E.U8", "LDG.E.64"}, where
+        # An adapter, and 16 columns of D, G and R at a time; if they have 32 bits, R comes when the sums are sent.
+        early, late = (rank, rank // 2) if instance.startswith("Float32") else (3 * rank // 4, 0)
+        assert sum(wide) == 2 + strip // 16 * early, where
+        assert 4 * after.count("LDG.E.128") == strip // 16 * late, where
+        assert {"LDG.E", "LDG.E.U8"} < {*after} - {"LDG.E.128"} <= {"LDG.E", "LDG.E.U8", "LDG.E.64"}, where
         assert listing.index("PREEXIT") > second, where
 
 

@@ -91,7 +91,7 @@ def test_the_widths_that_models_have(d: int, r: int, backend: str) -> None:
     assert_accurate(on(backend), *(call.to(GPU) for call in draws(200, d, r, dtype=torch.bfloat16)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@every_dtype
 @every_gate
 @pytest.mark.parametrize("rows", [1, 17, 64, 65, 300])
 @pytest.mark.parametrize("r", [3, 8, 12, 16, 32])

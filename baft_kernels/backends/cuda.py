@@ -18,7 +18,8 @@ __all__ = ["CudaBackend"]
 
 # As in csrc/cuda/kernels.h; the last is of the calls below, and csrc/cuda_bindings.cpp must have the same.
 _GATES = ("sigmoid", "softmax", "none")
-_INTERFACE = 3
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERFACE = 4
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -38,7 +39,7 @@ _library.define("cuda_retract(Tensor(a!)[] bases, Tensor(b!) distances, int iter
 _library.define(
     "cuda_pack(Tensor[] basis, Tensor[] source, Tensor[] source_bias, Tensor?[] gate, Tensor?[] gate_bias,"
     " Tensor(a!)?[] forward_projection, Tensor(b!)?[] forward_basis, Tensor(c!)?[] bias,"
-    " Tensor(d!)?[] backward_basis, Tensor(e!)?[] backward_projection, bool half) -> ()"
+    " Tensor(d!)?[] backward_basis, Tensor(e!)?[] backward_projection, int dtype) -> ()"
 )
 
 
@@ -82,17 +83,17 @@ class _BackwardPack(NamedTuple):
 
 def _room_forward(parameters: Parameters, dtype: torch.dtype) -> _ForwardPack:
     biases = parameters.basis.new_empty(_sets(parameters), 2 * parameters.basis.shape[-2], dtype=torch.float32)
-    return _ForwardPack((_words(parameters, 2), _words(parameters, 1), biases))
+    return _ForwardPack((_words(parameters, 2, dtype), _words(parameters, 1, dtype), biases))
 
 
 def _room_backward(parameters: Parameters, dtype: torch.dtype) -> _BackwardPack:
-    return _BackwardPack(_words(parameters, 1), _words(parameters, 2))
+    return _BackwardPack(_words(parameters, 1, dtype), _words(parameters, 2, dtype))
 
 
-def _words(parameters: Parameters, matrices: int) -> Tensor:
-    """Room for one or two matrices of padded rank, two numbers in a word."""
+def _words(parameters: Parameters, matrices: int, dtype: torch.dtype) -> Tensor:
+    """Room for one or two matrices of padded rank, in words of four bytes."""
     rank, width = parameters.basis.shape[-2:]
-    words = _sets(parameters) * matrices * _LIBRARY.padded_rank(rank) * width // 2
+    words = _sets(parameters) * matrices * _LIBRARY.padded_rank(rank) * width * dtype.itemsize // 4
     return parameters.basis.new_empty(words, dtype=torch.int32)
 
 
@@ -114,7 +115,7 @@ def _fill(held: Sequence[Held]) -> None:
     for (_, dtype), layers in launches.items():
         columns = [list(column) for column in zip(*layers.values(), strict=True)]
         with torch.cuda.device_of(columns[0][0]):
-            torch.ops.baft_kernels.cuda_pack(*columns, dtype == torch.float16)
+            torch.ops.baft_kernels.cuda_pack(*columns, _DTYPES.index(dtype))
 
 
 def _floats(parameters: Parameters) -> Iterator[Tensor | None]:
@@ -161,12 +162,13 @@ def _architecture(device: torch.device) -> int:
 
 
 class CudaBackend(Backend):
-    """Serves bfloat16 and float16 on NVIDIA GPUs from sm_90 on, for the widths and ranks of csrc/cuda/instances.h."""
+    """Serves float32, bfloat16 and float16 on NVIDIA GPUs from sm_90 on, in the shapes of csrc/cuda/instances.h."""
 
     name = "cuda"
     serves = (
         "bfloat16 and float16 on NVIDIA GPUs from sm_90 on, r up to 32 at d = 768, 1024, 2048, 2560, 3072, 3584, 4096,"
-        " up to 16 at 5120, up to 8 at 8192; triton serves the rest"
+        " up to 16 at 5120, up to 8 at 8192; float32, r up to 32 at d = 768, 1024, up to 16 at 2048, 2560, 3072, 3584,"
+        " 4096, up to 8 at 5120; triton serves the rest"
     )
     unproven = "its kernels have run on an emulated GPU and through nvcc, but not yet on a GPU"
 
@@ -180,10 +182,11 @@ class CudaBackend(Backend):
     def why_not(self, h: Tensor, rank: int) -> str | None:
         if (reason := _runs_on(h.device)) is not None:
             return reason
-        if h.dtype not in (torch.bfloat16, torch.float16):
-            return f"it serves bfloat16 and float16, and h is {str(h.dtype).removeprefix('torch.')}"
-        if not _LIBRARY.has_kernels(h.shape[-1], rank, _architecture(h.device)):
-            return f"its kernels aren't compiled for d = {h.shape[-1]} and r = {rank}"
+        dtype = str(h.dtype).removeprefix("torch.")
+        if h.dtype not in _DTYPES:
+            return f"it serves float32, bfloat16 and float16, and h is {dtype}"
+        if not _LIBRARY.has_kernels(h.shape[-1], rank, _DTYPES.index(h.dtype), _architecture(h.device)):
+            return f"its kernels aren't compiled for {dtype}, d = {h.shape[-1]} and r = {rank}"
         return None
 
     def forward(
@@ -315,7 +318,7 @@ class _Partial(NamedTuple):
         padded = _LIBRARY.padded_rank(rank)
         sequences = 1 if rows.adapters is None else rows.adapters.numel()
         length = rows.items(h.shape[0]) // sequences
-        slots, parts = _LIBRARY.backward_slots(width, rank, h.dtype == torch.float16, sequences, length)
+        slots, parts = _LIBRARY.backward_slots(width, rank, _DTYPES.index(h.dtype), sequences, length)
         return cls(
             matrices=h.new_empty(slots * 3 * padded * width, dtype=torch.float32),
             biases=h.new_empty(slots * parts * 2 * padded, dtype=torch.float32),
@@ -325,7 +328,7 @@ class _Partial(NamedTuple):
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes, and has no gaps."""
-    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _aligned(x: Tensor) -> Tensor:

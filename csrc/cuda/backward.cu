@@ -11,11 +11,13 @@ namespace {
 // `act` on the instance for a width and a rank: true if there is one.
 template <class T, class Act>
 bool with_instance(int64_t width, int64_t rank, Act act) {
-#define BAFT_CASE(WIDTH, RANK, CLUSTER, WARPS, STRIP, ROWS)                              \
-  if (width == WIDTH && padded_rank(rank) == RANK) {                                     \
-    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width"); \
-    act(typename BackwardStreamInstance<T, CLUSTER, WARPS, STRIP, RANK, ROWS>::Type());  \
-    return true;                                                                         \
+#define BAFT_CASE(BITS, WIDTH, RANK, CLUSTER, WARPS, STRIP, ROWS)                         \
+  if constexpr (BITS == 8 * sizeof(typename T::Number)) {                                 \
+    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width");  \
+    if (width == WIDTH && padded_rank(rank) == RANK) {                                    \
+      act(typename BackwardStreamInstance<T, CLUSTER, WARPS, STRIP, RANK, ROWS>::Type()); \
+      return true;                                                                        \
+    }                                                                                     \
   }
   BAFT_BACKWARD_STREAM(BAFT_CASE)
 #undef BAFT_CASE
@@ -24,8 +26,11 @@ bool with_instance(int64_t width, int64_t rank, Act act) {
 
 template <class Act>
 bool with_instance(Dtype dtype, int64_t width, int64_t rank, Act act) {
-  return dtype == Dtype::bfloat16 ? with_instance<Bfloat16>(width, rank, act)
-                                  : with_instance<Float16>(width, rank, act);
+  switch (dtype) {
+    case Dtype::bfloat16: return with_instance<Bfloat16>(width, rank, act);
+    case Dtype::float16: return with_instance<Float16>(width, rank, act);
+    default: return with_instance<Float32>(width, rank, act);
+  }
 }
 
 template <class K>
@@ -37,9 +42,9 @@ int64_t clusters_for(const Rows& rows) {
 
 } // namespace
 
-bool has_backward(int64_t width, int64_t rank, int architecture) {
+bool has_backward(int64_t width, int64_t rank, Dtype dtype, int architecture) {
   bool runs = false;
-  with_instance<Bfloat16>(width, rank, [&](auto instance) { runs = decltype(instance)::runs_on(architecture); });
+  with_instance(dtype, width, rank, [&](auto instance) { runs = decltype(instance)::runs_on(architecture); });
   return runs;
 }
 

@@ -24,6 +24,7 @@
 #include "kernels.h"
 #include "machine.cuh"
 #include "rows.cuh"
+#include "shared_rows.cuh"
 #include "tiles.cuh"
 
 namespace baft::cuda {
@@ -32,6 +33,7 @@ template <class T_, int kCluster_, int kWarps_, int kStrip_, int kRank_, int kRo
 struct BackwardStream {
   // -- types and shapes --
   using T = T_;
+  using Number = typename T::Number;
   static constexpr int kCluster = kCluster_; // CTAs
   static constexpr int kWarps = kWarps_;     // that compute, of a CTA; others copy, and find dp and dz
   static constexpr int kStrip = kStrip_;     // columns of a warp
@@ -41,9 +43,10 @@ struct BackwardStream {
   static constexpr int kDeltas = 2 * kRank;  // dp and dz of a row
   static constexpr int kBlocks = kStrip / kBlockColumns;
   static constexpr int kSlice = kWarps * kStrip;
-  static constexpr int kWidth = kCluster * kSlice;   // d
-  static constexpr int kOwned = kRows / kCluster;    // rows of a tile that a CTA finds dp and dz of
-  static constexpr int kGating = kOwned * kRank / 2; // threads that do, each for two bases of a row
+  static constexpr int kSliceBytes = kSlice * sizeof(Number); // of a row
+  static constexpr int kWidth = kCluster * kSlice;            // d
+  static constexpr int kOwned = kRows / kCluster;             // rows of a tile that a CTA finds dp and dz of
+  static constexpr int kGating = kOwned * kRank / 2;          // threads that do, each for two bases of a row
   static constexpr int kGatingWarps = (kGating + 31) / 32;
   static constexpr int kParts = kCluster * kGatingWarps; // of the sums for b and c in a slot
   static constexpr int kComputing = 32 * kWarps;
@@ -56,13 +59,17 @@ struct BackwardStream {
   static constexpr int kFirstGating = kCopying + 1;
   static constexpr int kThreads = 32 * (kMovesRegisters ? 12 : kFirstGating + kGatingWarps);
   static constexpr int kFewRegisters = 40, kManyRegisters = 232;
-  // Of each lane, the gradients of a strip take 3/32 rank registers a column, and its parameters half as many.
-  static constexpr bool kSharedParameters = kStrip * kRank > 1024;
+  // Of each lane, the gradients of a strip take 3/32 rank registers a column, and its parameters as many words. Where
+  // all that is too much, (D, G) is kept in shared memory, and then R.
+  static constexpr int kGradients = 3 * kStrip * kRank / 32, kBasisWords = kStrip * kRank / 32 / kPerWord<T>;
+  static constexpr bool kSharedProjection = kGradients + 3 * kBasisWords > 144;
+  static constexpr bool kSharedBasis = kGradients + kBasisWords > 128;
   // Where they leave the fewest registers, the compiler for sm_100 spills some: Triton serves that there.
   static BAFT_BOTH constexpr bool runs_on(int architecture) {
-    return architecture < 1000 || !kMovesRegisters || kStrip * kRank <= 1280;
+    return architecture < 1000 || !kMovesRegisters || kStrip * kRank <= 640 * kPerWord<T>;
   }
 
+  static_assert(kSliceBytes % 128 == 0, "rows in shared memory begin 4 banks apart");
   static_assert(kRows == 16 || kRows == 32, "a product has 16 rows, and a lane of the producer copies one row");
   static_assert(kStrip % kBlockColumns == 0, "parameters are packed in blocks of 16 columns");
   static_assert(kRank == 8 || kRank == 16 || kRank == 32, "ranks are padded to 8, 16 or 32");
@@ -72,15 +79,15 @@ struct BackwardStream {
   static_assert(kStages >= 2, "one tile is computed while the next one arrives");
 
   // -- shared memory, in bytes --
-  using Stage = StagedRows<kSlice>;
+  using Stage = SharedRows<T, kSlice>;
   using Partial = PartialSums<kWarps, kRows, kRank>;
-  using Deltas = OperandRows<kDeltas>;
-  using Update = OperandRows<kRank>;
-  using Basis = StripParameters<kRank, kBlocks, kSharedParameters>;
-  using Projection = StripParameters<kDeltas, kBlocks, kSharedParameters>;
-  static constexpr int kMatrixBytes = kRows * Stage::kPitch;          // a tile of g, or of h
-  static constexpr int kSumsBytes = kCluster * kOwned * kRank * 4;    // what a CTA gets of one tile: sums of its rows
-  static constexpr int kOperandBytes = kRows * (kDeltas + kRank) * 2; // and dp, dz and u of all rows
+  using Deltas = SharedRows<T, kDeltas>;
+  using Update = SharedRows<T, kRank>;
+  using Basis = StripParameters<T, kRank, kBlocks, kSharedBasis>;
+  using Projection = StripParameters<T, kDeltas, kBlocks, kSharedProjection>;
+  static constexpr int kMatrixBytes = kRows * Stage::kPitch;       // a tile of g, or of h
+  static constexpr int kSumsBytes = kCluster * kOwned * kRank * 4; // what a CTA gets of one tile: sums of its rows
+  static constexpr int kOperandBytes = kRows * (kDeltas + kRank) * sizeof(Number); // and dp, dz and u of all rows
   static constexpr int kPartialAt = kStages * 2 * kMatrixBytes;
   static constexpr int kSumsAt = kPartialAt + Partial::kBytes;
   static constexpr int kDeltasAt = kSumsAt + kSumsBytes;
@@ -133,13 +140,14 @@ BAFT_DEVICE void copy_tiles(const Backward& call, const Tiles<K::kRows>& tiles,
     const uint32_t all_edited = ballot(edited);
     if (lane() == 0) edited_rows<K>()[stage] = all_edited;
     const bool needs_g = edited || (exists && call.grad_input), needs_h = edited && call.partial;
-    barrier_expect(barriers.full(stage), (needs_g + needs_h) * K::kSlice * 2);
+    barrier_expect(barriers.full(stage), (needs_g + needs_h) * K::kSliceBytes);
     if (needs_g)
-      copy_in(staged(stage), static_cast<const uint16_t*>(call.grad_out) + row * call.grad_out_stride + first_column,
-              K::kSlice * 2, barriers.full(stage));
+      copy_in(staged(stage),
+              static_cast<const typename K::Number*>(call.grad_out) + row * call.grad_out_stride + first_column,
+              K::kSliceBytes, barriers.full(stage));
     if (needs_h)
       copy_in(staged(stage) + K::kMatrixBytes,
-              static_cast<const uint16_t*>(call.h) + row * call.h_stride + first_column, K::kSlice * 2,
+              static_cast<const typename K::Number*>(call.h) + row * call.h_stride + first_column, K::kSliceBytes,
               barriers.full(stage));
   };
   for (int j = 0; j < tiles.count && j < K::kStages - 1; ++j) load(j);
@@ -152,9 +160,9 @@ BAFT_DEVICE void copy_tiles(const Backward& call, const Tiles<K::kRows>& tiles,
     barrier_wait_local(barriers.done(stage), j / K::kStages % 2);
     const auto tile = tiles.at(j);
     if (call.grad_input && lane() < tile.count)
-      copy_out(static_cast<uint16_t*>(call.grad_input) +
+      copy_out(static_cast<typename K::Number*>(call.grad_input) +
                    row_of(call.rows, tile.first + lane()) * call.grad_input_stride + first_column,
-               staged(stage), K::kSlice * 2);
+               staged(stage), K::kSliceBytes);
     close_copies_out();
   }
   wait_copies_out();
@@ -235,16 +243,17 @@ struct BackwardGate {
   BAFT_DEVICE void send_operands(float4 found, const BackwardStreamBarriers<K>& barriers) const {
     if (!mine) return;
     using T = typename K::T;
-    const uint32_t first = pack_saturated<T>(found.x, found.y), second = pack_saturated<T>(found.z, found.w);
-    const uint32_t updates = pack_saturated<T>(u.x, u.y);
+    constexpr int kNumber = sizeof(typename K::Number);
+    const auto first = pack_saturated<T>(found.x, found.y), second = pack_saturated<T>(found.z, found.w);
+    const auto updates = pack_saturated<T>(u.x, u.y);
     const Address shared = address_of(shared_memory());
-    const Address deltas = shared + K::kDeltasAt + in_tile * K::Deltas::kPitch + k * 4;
-    const Address update = shared + K::kUpdateAt + in_tile * K::Update::kPitch + k * 2;
+    const Address deltas = shared + K::kDeltasAt + in_tile * K::Deltas::kPitch + 2 * k * kNumber;
+    const Address update = shared + K::kUpdateAt + in_tile * K::Update::kPitch + k * kNumber;
     BAFT_UNROLL
     for (int rank = 0; rank < K::kCluster; ++rank) {
       const Address barrier = in_cta(barriers.operands(), rank);
       send(in_cta(deltas, rank), first, barrier);
-      send(in_cta(deltas + 4, rank), second, barrier);
+      send(in_cta(deltas + 2 * kNumber, rank), second, barrier);
       send(in_cta(update, rank), updates, barrier);
     }
   }
@@ -320,18 +329,18 @@ BAFT_DEVICE void differentiate_tiles(const Backward& call, const Tiles<K::kRows>
       float sums[K::kRank / 8][4] = {};
       BAFT_UNROLL
       for (int b = 0; b < K::kBlocks; ++b) {
-        uint32_t left[4];
-        load_matrices(left, K::Stage::left_row(address_of(rows), m * 16, strip + b * kBlockColumns));
+        uint32_t left[kLeftWords<T>];
+        K::Stage::load_left(left, rows, m * 16, strip + b * kBlockColumns);
         const auto& right = basis.at(b);
         BAFT_UNROLL
-        for (int n = 0; n < K::kRank / 8; ++n) T::multiply(sums[n], left, right.words[2 * n], right.words[2 * n + 1]);
+        for (int n = 0; n < K::kRank / 8; ++n) T::multiply(sums[n], left, right.words + n * kRightWords<T>);
       }
       K::Partial::store(partial, warp(), m * 16, sums);
     }
     sync_threads(1, K::kComputing);
 
     // reduce: to the CTA that owns the row
-    for (int e = thread(); e < K::kRows * K::kRank / 4; e += K::kComputing) {
+    for (int e = 32 * warp() + lane_anew(); e < K::kRows * K::kRank / 4; e += K::kComputing) {
       const int row = e / (K::kRank / 4), four = e % (K::kRank / 4);
       const int owner = row / K::kOwned;
       const int place = (cluster_rank() * K::kOwned + row % K::kOwned) * K::kRank + four * 4;
@@ -343,14 +352,15 @@ BAFT_DEVICE void differentiate_tiles(const Backward& call, const Tiles<K::kRows>
     barrier_wait(barriers.operands(), j % 2);
     if (call.partial) {
       BAFT_UNROLL
-      for (int m = 0; m < K::kRows / 16; ++m) gradients.add(address_of(rows), m * 16, strip, edited);
+      for (int m = 0; m < K::kRows / 16; ++m) gradients.add(rows, m * 16, strip, edited);
       sync_warp(); // before g is overwritten
     }
 
     // the gradient of h
     if (call.grad_input) {
       BAFT_UNROLL
-      for (int m = 0; m < K::kRows / 16; ++m) add_to_input_gradient<K>(rows + strip * 2, m * 16, edited, projection);
+      for (int m = 0; m < K::kRows / 16; ++m)
+        add_to_input_gradient<K>(rows + strip * sizeof(typename K::Number), m * 16, edited, projection);
       fence_for_copies();
     }
     sync_warp();

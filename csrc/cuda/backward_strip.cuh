@@ -5,69 +5,10 @@
 #include "fragments.h"
 #include "kernels.h"
 #include "machine.cuh"
+#include "shared_rows.cuh"
 #include "tiles.cuh"
 
 namespace baft::cuda {
-
-// Rows of `kColumns` operands of 16 bits in shared memory, each 16 bytes after the end of the one before it: see
-// StagedRows.
-template <int kColumns>
-struct OperandRows {
-  static constexpr int kPitch = kColumns * 2 + 16;
-
-  // What this lane tells load_matrices() for the left factor [16 x 16] at (row, column), and the other way round,
-  // load_matrices_transposed() for two right factors [16 x 8]; of 8 columns in all, both are the same.
-  static BAFT_DEVICE Address row_at(Address rows, int row, int column) {
-    return rows + (row + lane() % 16) * kPitch + (column + lane() / 16 * 8) % kColumns * 2;
-  }
-};
-
-// A lane's share of the packed parameters of its warp's strip: in registers, or where the gradients leave too few, in
-// shared memory. There a lane reads only what it wrote itself, so that no lanes need to meet.
-template <int kParameterRows, int kBlocks, bool kShared>
-struct StripParameters {
-  static constexpr int kBytes = 0; // of shared memory, for a warp
-  Fragments<kParameterRows> blocks[kBlocks];
-
-  BAFT_DEVICE explicit StripParameters(unsigned char*) {}
-  BAFT_DEVICE void load(const uint32_t* packed, int64_t first_block) {
-    BAFT_UNROLL
-    for (int b = 0; b < kBlocks; ++b) blocks[b].load(packed, first_block + b);
-  }
-  BAFT_DEVICE const Fragments<kParameterRows>& at(int b) const { return blocks[b]; }
-};
-
-template <int kParameterRows, int kBlocks>
-struct StripParameters<kParameterRows, kBlocks, true> {
-  static constexpr int kVectors = kParameterRows / 16; // of 16 bytes, of a lane's share of a block
-  static constexpr int kBytes = kBlocks * kVectors * 32 * 16;
-  static_assert(kParameterRows % 16 == 0, "whole vectors");
-  uint4* mine;
-
-  BAFT_DEVICE explicit StripParameters(unsigned char* of_warp) : mine(reinterpret_cast<uint4*>(of_warp) + lane()) {}
-  BAFT_DEVICE void load(const uint32_t* packed, int64_t first_block) {
-    BAFT_UNROLL
-    for (int b = 0; b < kBlocks; ++b) {
-      Fragments<kParameterRows> block;
-      block.load(packed, first_block + b);
-      BAFT_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        const uint32_t* words = block.words + 4 * i;
-        mine[(b * kVectors + i) * 32] = {words[0], words[1], words[2], words[3]};
-      }
-    }
-  }
-  BAFT_DEVICE Fragments<kParameterRows> at(int b) const {
-    Fragments<kParameterRows> block;
-    BAFT_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const uint4 four = mine[(b * kVectors + i) * 32];
-      uint32_t* words = block.words + 4 * i;
-      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-    }
-    return block;
-  }
-};
 
 // -- the parameters' gradients of a warp's strip --
 
@@ -90,45 +31,46 @@ struct StripGradients {
     }
   }
 
-  // Sixteen rows from `row` of the tile on. `rows` is of g, `column` the strip's first in the slice.
-  BAFT_DEVICE void add(Address rows, int row, int column, uint32_t edited) {
-    const Address shared = address_of(shared_memory());
-    const uint32_t pairs = edited >> (row + lane() % 4 * 2);
-    const auto kept = [](uint32_t two) { return (two & 1 ? 0xffffu : 0u) | (two & 2 ? 0xffff0000u : 0u); };
-    const uint32_t keep[2] = {kept(pairs), kept(pairs >> 8)};
-    const int its_row = row + lane() / 16 * 8 + lane() % 8, its_column = column + lane() / 8 % 2 * 8;
-    const Address g = rows + its_row * K::Stage::kPitch + its_column * 2;
-    add_product(of_update, g, K::Update::row_at(shared + K::kUpdateAt, row, 0), keep);
-    add_product(of_deltas, g + K::kMatrixBytes, K::Deltas::row_at(shared + K::kDeltasAt, row, 0), keep);
+  // Sixteen rows from `row` of the tile on. `g` is its first row, `column` the strip's first in the slice.
+  BAFT_DEVICE void add(const unsigned char* g, int row, int column, uint32_t edited) {
+    uint32_t keep[kRightWords<T>]; // of a register with such an inner row, the bits of rows that count
+    BAFT_UNROLL
+    for (int i = 0; i < kRightWords<T>; ++i) {
+      const uint32_t rows = edited >> (row + inner_row<T>(lane(), i));
+      const uint32_t first = rows & 1 ? ~0u : 0u, second = rows & 2 ? ~0u : 0u;
+      keep[i] = kPerWord<T> == 2 ? (first & 0xffffu) | (second & 0xffff0000u) : first;
+    }
+    const unsigned char* h = g + K::kMatrixBytes;
+    add_product<typename K::Update>(of_update, g, shared_memory() + K::kUpdateAt, row, column, keep);
+    add_product<typename K::Deltas>(of_deltas, h, shared_memory() + K::kDeltasAt, row, column, keep);
   }
 
-  // sums += left^T right, sixteen rows of each. A register of the left factor, of columns by rows, has two neighbouring
-  // rows, and `keep` the bits of those that count.
-  template <int kEights>
-  static BAFT_DEVICE void add_product(float (&sums)[K::kBlocks][kEights][4], Address left_row, Address right_row,
-                                      const uint32_t (&keep)[2]) {
-    uint32_t right[(kEights + 1) / 2][4]; // two factors in four registers
-    BAFT_UNROLL
-    for (int n = 0; n < (kEights + 1) / 2; ++n) load_matrices_transposed(right[n], right_row + n * 32);
+  // sums += left^T right, sixteen rows of each.
+  template <class Operands, int kEights>
+  static BAFT_DEVICE void add_product(float (&sums)[K::kBlocks][kEights][4], const unsigned char* left_rows,
+                                      const unsigned char* right_rows, int row, int column,
+                                      const uint32_t (&keep)[kRightWords<T>]) {
+    uint32_t right[kEights][kRightWords<T>];
+    Operands::load_right_over_rows(right, right_rows, row);
     BAFT_UNROLL
     for (int b = 0; b < K::kBlocks; ++b) {
-      uint32_t left[4];
-      load_matrices_transposed(left, left_row + b * kBlockColumns * 2);
+      uint32_t left[kLeftWords<T>];
+      K::Stage::load_left_over_rows(left, left_rows, row, column + b * kBlockColumns);
       BAFT_UNROLL
-      for (int q = 0; q < 4; ++q) left[q] &= keep[q / 2];
+      for (int q = 0; q < kLeftWords<T>; ++q) left[q] &= keep[q / 2];
       BAFT_UNROLL
-      for (int n = 0; n < kEights; ++n)
-        T::multiply(sums[b][n], left, right[n / 2][n % 2 * 2], right[n / 2][n % 2 * 2 + 1]);
+      for (int n = 0; n < kEights; ++n) T::multiply(sums[b][n], left, right[n]);
     }
   }
 
   // To a slot [3 kRank, d]: the rows of (D, G), and then those of R.
   BAFT_DEVICE void write(float* slot, int column) const {
+    const int mine = lane_anew();
     BAFT_UNROLL
     for (int b = 0; b < K::kBlocks; ++b) {
       BAFT_UNROLL
       for (int q = 0; q < 4; ++q) {
-        const Element at = sum_element(lane(), q);
+        const Element at = sum_element(mine, q);
         float* here = slot + static_cast<int64_t>(at.column) * K::kWidth + column + b * kBlockColumns + at.row;
         BAFT_UNROLL
         for (int n = 0; n < K::kDeltas / 8; ++n) here[n * 8 * K::kWidth] = of_deltas[b][n][q];
@@ -146,28 +88,24 @@ template <class K>
 BAFT_DEVICE void add_to_input_gradient(unsigned char* strip, int row, uint32_t edited,
                                        const typename K::Projection& projection) {
   using T = typename K::T;
-  constexpr int kDepths = K::kDeltas / 16;
-  uint32_t left[kDepths][4];
+  Coefficients<T, K::kDeltas> left;
   BAFT_UNROLL
-  for (int depth = 0; depth < kDepths; ++depth)
-    load_matrices(left[depth], K::Deltas::row_at(address_of(shared_memory() + K::kDeltasAt), row, depth * 16));
-  const Element upper = sum_element(lane(), 0), lower = sum_element(lane(), 2);
-  const bool writes_upper = edited >> (row + upper.row) & 1, writes_lower = edited >> (row + lower.row) & 1;
+  for (int depth = 0; depth < left.kDepths; ++depth)
+    K::Deltas::load_left(left.words[depth], shared_memory() + K::kDeltasAt, row, depth * 16);
+  const int upper = row + sum_element(lane(), 0).row, lower = row + sum_element(lane(), 2).row;
+  const bool writes_upper = edited >> upper & 1, writes_lower = edited >> lower & 1;
   BAFT_UNROLL
   for (int b = 0; b < K::kBlocks; ++b) {
     const auto& right = projection.at(b);
     BAFT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      unsigned char* here = strip + row * K::Stage::kPitch + (b * kBlockColumns + half * 8 + upper.column) * 2;
-      uint32_t* first = reinterpret_cast<uint32_t*>(here + upper.row * K::Stage::kPitch);
-      uint32_t* second = reinterpret_cast<uint32_t*>(here + lower.row * K::Stage::kPitch);
-      float sums[4] = {T::low(*first), T::high(*first), T::low(*second), T::high(*second)};
-      const uint32_t* words = right.words + half * (K::kDeltas / 8);
-      BAFT_UNROLL
-      for (int depth = 0; depth < kDepths; ++depth)
-        T::multiply(sums, left[depth], words[2 * depth], words[2 * depth + 1]);
-      if (writes_upper) *first = T::pack(sums[0], sums[1]);
-      if (writes_lower) *second = T::pack(sums[2], sums[3]);
+    for (int n = 0; n < 2; ++n) {
+      const int column = b * kBlockColumns + n * 8;
+      const EightColumns<T, K::Stage::kPitch> here = {strip + row * K::Stage::kPitch +
+                                                      column * sizeof(typename K::Number)};
+      float sums[4];
+      here.load(sums);
+      left.multiply(sums, right, n);
+      here.store(sums, writes_upper, writes_lower);
     }
   }
 }

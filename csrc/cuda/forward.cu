@@ -36,10 +36,10 @@ template <class T>
 const char* launch_in(const Forward& call, int64_t width, void* stream) {
   const int rank = padded_rank(call.rank);
   const bool few = call.rows.sequences * call.rows.length <= kFewRows;
-#define BAFT_CASE(ROWS, WIDTH, RANK, CLUSTER, WARPS, STRIP)                              \
-  if (width == WIDTH && rank == RANK) {                                                  \
-    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width"); \
-    return ROWS<T, CLUSTER, WARPS, STRIP, RANK>(call, stream);                           \
+#define BAFT_CASE(ROWS, BITS, WIDTH, RANK, CLUSTER, WARPS, STRIP)                                  \
+  if constexpr (BITS == 8 * sizeof(typename T::Number)) {                                          \
+    static_assert(WIDTH == CLUSTER * WARPS * STRIP, "the strips don't cover the width");           \
+    if (width == WIDTH && rank == RANK) return ROWS<T, CLUSTER, WARPS, STRIP, RANK>(call, stream); \
   }
 #define BAFT_DECODE(...) BAFT_CASE(decode_rows, __VA_ARGS__)
 #define BAFT_STREAM(...) BAFT_CASE(stream_rows, __VA_ARGS__)
@@ -56,9 +56,9 @@ const char* launch_in(const Forward& call, int64_t width, void* stream) {
 
 } // namespace
 
-bool has_forward(int64_t width, int64_t rank) {
-#define BAFT_CASE(WIDTH, RANK, ...) \
-  if (width == WIDTH && padded_rank(rank) == RANK) return true;
+bool has_forward(int64_t width, int64_t rank, Dtype dtype) {
+#define BAFT_CASE(BITS, WIDTH, RANK, ...) \
+  if (BITS == 8 * bytes_of(dtype) && width == WIDTH && padded_rank(rank) == RANK) return true;
   BAFT_FORWARD_STREAM(BAFT_CASE)
 #undef BAFT_CASE
   return false;
@@ -66,7 +66,11 @@ bool has_forward(int64_t width, int64_t rank) {
 
 const char* launch_forward(const Forward& call, int64_t width, Dtype dtype, void* stream) {
   if (call.rows.sequences * call.rows.length == 0) return nullptr;
-  return dtype == Dtype::bfloat16 ? launch_in<Bfloat16>(call, width, stream) : launch_in<Float16>(call, width, stream);
+  switch (dtype) {
+    case Dtype::bfloat16: return launch_in<Bfloat16>(call, width, stream);
+    case Dtype::float16: return launch_in<Float16>(call, width, stream);
+    default: return launch_in<Float32>(call, width, stream);
+  }
 }
 
 } // namespace baft::cuda

@@ -30,6 +30,7 @@ template <class T_, int kCluster_, int kWarps_, int kStrip_, int kRank_, int kRo
 struct ForwardDecode {
   // -- types and shapes --
   using T = T_;
+  using Number = typename T::Number;
   static constexpr int kCluster = kCluster_; // CTAs
   static constexpr int kWarps = kWarps_;     // of a CTA
   static constexpr int kStrip = kStrip_;     // columns of a warp
@@ -43,6 +44,8 @@ struct ForwardDecode {
   static constexpr int kSlice = kWarps * kStrip;
   static constexpr int kWidth = kCluster * kSlice; // d
   static constexpr int kThreads = 32 * kWarps;
+  // All parameters at once are too many registers if numbers have 32 bits. R then arrives while sums go between CTAs.
+  static constexpr bool kReadsBasisLate = kPerWord<T> == 1;
 
   static_assert(kRows == 8 || kRows == 16, "a product has 16 rows, of which a tile fills the upper half or both");
   static_assert(kStrip % kBlockColumns == 0, "parameters are packed in blocks of 16 columns");
@@ -53,7 +56,7 @@ struct ForwardDecode {
 
   // -- shared memory, in bytes --
   using Partial = PartialSums<kWarps, kRows, kOutputs>;
-  static constexpr int kUpdatePitch = kPairs | 4; // words, of two bases: eight rows of a product lie in different banks
+  static constexpr int kUpdatePitch = (kRank / kPerWord<T>) | 4; // words: eight rows lie in different banks
   static constexpr int kSumsBytes = kCluster > 1 ? kCluster * kGating * 16 : 0;
   static constexpr int kSumsAt = Partial::kBytes;
   static constexpr int kUpdateAt = kSumsAt + kSumsBytes;
@@ -94,25 +97,27 @@ struct TileRow {
 // A lane's two rows of the left factor of a product, and its words of them. Tiles of 8 rows lack the second one.
 template <class K>
 struct LaneRows {
+  using T = typename K::T;
   TileRow rows[2];
-  uint32_t words[K::kBlocks][4] = {}; // of rows[q % 2]
+  uint32_t words[K::kBlocks][kLeftWords<T>] = {}; // of rows[q % 2]
 
   BAFT_DEVICE void find(const Rows& all, const Tile& tile) {
     BAFT_UNROLL
-    for (int half = 0; half < K::kHalves; ++half) rows[half].find(all, tile, left_element(lane(), half).row);
+    for (int half = 0; half < K::kHalves; ++half) rows[half].find(all, tile, left_element<T>(lane(), half).row);
   }
 
-  // Of two numbers in the n-th 8 columns. A product of these leaves its sums 2 i and 2 i + 1 in the same place.
-  BAFT_DEVICE uint32_t word(int n, int i) const { return words[n / 2][n % 2 * 2 + i]; }
+  // Those of the n-th 8 columns.
+  BAFT_DEVICE const uint32_t* eight(int n) const { return words[n / 2] + n % 2 * (kLeftWords<T> / 2); }
 
   BAFT_DEVICE void read(const Forward& call, int first_column) {
     BAFT_UNROLL
-    for (int q = 0; q < 4; ++q) {
+    for (int q = 0; q < kLeftWords<T>; ++q) {
       if (!rows[q % 2].exists) continue;
-      const uint16_t* from = static_cast<const uint16_t*>(call.h) + rows[q % 2].row * call.h_stride + first_column;
+      const auto* from =
+          static_cast<const typename K::Number*>(call.h) + rows[q % 2].row * call.h_stride + first_column;
       BAFT_UNROLL
       for (int b = 0; b < K::kBlocks; ++b)
-        words[b][q] = *reinterpret_cast<const uint32_t*>(from + b * kBlockColumns + left_element(lane(), q).column);
+        words[b][q] = *reinterpret_cast<const uint32_t*>(from + b * kBlockColumns + left_element<T>(lane(), q).column);
     }
   }
 };
@@ -120,13 +125,15 @@ struct LaneRows {
 // -- products --
 
 template <class K>
-BAFT_DEVICE void project(const LaneRows<K>& h, const Fragments<K::kOutputs> (&projection)[K::kBlocks], float* partial) {
+BAFT_DEVICE void project(const LaneRows<K>& h, const Fragments<typename K::T, K::kOutputs> (&projection)[K::kBlocks],
+                         float* partial) {
+  using T = typename K::T;
   float sums[K::kOutputs / 8][4] = {};
   BAFT_UNROLL
   for (int b = 0; b < K::kBlocks; ++b) {
     BAFT_UNROLL
     for (int n = 0; n < K::kOutputs / 8; ++n)
-      K::T::multiply(sums[n], h.words[b], projection[b].words[2 * n], projection[b].words[2 * n + 1]);
+      T::multiply(sums[n], h.words[b], projection[b].words + n * kRightWords<T>);
   }
   if constexpr (K::kRows == 8)
     K::Partial::store_upper(partial, warp(), sums);
@@ -137,45 +144,30 @@ BAFT_DEVICE void project(const LaneRows<K>& h, const Fragments<K::kOutputs> (&pr
 // h + u R, from registers to device memory.
 template <class K>
 BAFT_DEVICE void add_and_write(const Forward& call, const LaneRows<K>& h, const uint32_t* update,
-                               const Fragments<K::kRank> (&basis)[K::kBlocks], int first_column) {
+                               const Fragments<typename K::T, K::kRank> (&basis)[K::kBlocks], int first_column) {
   using T = typename K::T;
-  constexpr int kDepths = K::kRank / 16; // products of depth 16; 0 for one of depth 8
-  uint32_t left[kDepths ? kDepths : 1][kDepths ? 4 : 2] = {};
-  BAFT_UNROLL
-  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth) {
-    BAFT_UNROLL
-    for (int q = 0; q < (kDepths ? 4 : 2); ++q) {
-      const Element at = left_element(lane(), q);
-      if (q % 2 < K::kHalves) left[depth][q] = update[at.row * K::kUpdatePitch + depth * 8 + at.column / 2];
-    }
-  }
+  Coefficients<T, K::kRank> left;
+  left.load(
+      [&](int row, int first) { return row < K::kRows ? update[row * K::kUpdatePitch + first / kPerWord<T>] : 0; });
   float sums[2 * K::kBlocks][4]; // all of them before the first is written: no product waits behind a branch
   BAFT_UNROLL
   for (int n = 0; n < 2 * K::kBlocks; ++n) {
-    const uint32_t* right = basis[n / 2].words + n % 2 * (K::kRank / 8);
-    BAFT_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      sums[n][2 * i] = T::low(h.word(n, i));
-      sums[n][2 * i + 1] = T::high(h.word(n, i));
-    }
-    if constexpr (kDepths == 0) {
-      T::multiply(sums[n], left[0], right[0]);
-    } else {
-      BAFT_UNROLL
-      for (int depth = 0; depth < kDepths; ++depth)
-        T::multiply(sums[n], left[depth], right[2 * depth], right[2 * depth + 1]);
-    }
+    unpack<T>(sums[n], h.eight(n));
+    left.multiply(sums[n], basis[n / 2], n % 2);
   }
 
   BAFT_UNROLL
-  for (int i = 0; i < K::kHalves; ++i) {
-    const TileRow& its = h.rows[i];
+  for (int half = 0; half < K::kHalves; ++half) {
+    const TileRow& its = h.rows[half];
     if (!its.exists || (!its.edited && call.out == call.h)) continue;
-    uint16_t* to = static_cast<uint16_t*>(call.out) + its.row * call.out_stride + first_column;
+    auto* to = static_cast<typename K::Number*>(call.out) + its.row * call.out_stride + first_column;
     BAFT_UNROLL
-    for (int n = 0; n < 2 * K::kBlocks; ++n)
-      *reinterpret_cast<uint32_t*>(to + n * 8 + sum_element(lane(), 2 * i).column) =
-          its.edited ? T::pack(sums[n][2 * i], sums[n][2 * i + 1]) : h.word(n, i);
+    for (int n = 0; n < 2 * K::kBlocks; ++n) {
+      BAFT_UNROLL
+      for (int q = half; q < kLeftWords<T> / 2; q += 2)
+        *reinterpret_cast<uint32_t*>(to + n * 8 + left_element<T>(lane(), q).column) =
+            its.edited ? word_of<T>(sums[n], q) : h.eight(n)[q];
+    }
   }
 }
 
@@ -209,10 +201,11 @@ BAFT_DEVICE float4 sums_of_cta(int rank) {
 // -- the kernel --
 
 // Launch it on as many clusters as there are tiles, of at most kRows rows. h and out are read and written in words, so
-// that they need only lie at multiples of 4 bytes, and their strides be even.
+// that their rows need only lie at multiples of 4 bytes.
 template <class K>
 BAFT_KERNEL(K::kThreads)
 forward_decode(const Forward call, const ClusterTiles tiles) {
+  using T = typename K::T;
   const Tile tile = tiles.at(call.rows, block() / K::kCluster);
   if constexpr (K::kCluster > 1) expect_sums<K>(tile);
 
@@ -220,13 +213,13 @@ forward_decode(const Forward call, const ClusterTiles tiles) {
   if (!call.settled) wait_for_previous_kernel();
   const int first_column = cluster_rank() * K::kSlice + warp() * K::kStrip;
   const int64_t set = set_of(call.rows, tile.sequence);
-  Fragments<K::kOutputs> projection[K::kBlocks];
-  Fragments<K::kRank> basis[K::kBlocks];
+  Fragments<T, K::kOutputs> projection[K::kBlocks];
+  Fragments<T, K::kRank> basis[K::kBlocks];
+  const int64_t first_block = set * (K::kWidth / kBlockColumns) + first_column / kBlockColumns;
   BAFT_UNROLL
   for (int b = 0; b < K::kBlocks; ++b) {
-    const int64_t block = set * (K::kWidth / kBlockColumns) + first_column / kBlockColumns + b;
-    projection[b].load(call.projection, block);
-    basis[b].load(call.basis, block);
+    projection[b].load(call.projection, first_block + b);
+    if constexpr (!K::kReadsBasisLate) basis[b].load(call.basis, first_block + b);
   }
   wait_for_previous_kernel();
   LaneRows<K> h;
@@ -243,6 +236,10 @@ forward_decode(const Forward call, const ClusterTiles tiles) {
   float4 pz = load_bias(call, set, k);
   if constexpr (K::kCluster > 1) cluster_wait();
   sync_block();
+  if constexpr (K::kReadsBasisLate) {
+    BAFT_UNROLL
+    for (int b = 0; b < K::kBlocks; ++b) basis[b].load(call.basis, first_block + b);
+  }
 
   // reduce and gate; also rows that don't exist, from whatever lies there, since no product mixes rows
   uint32_t* update = reinterpret_cast<uint32_t*>(shared_memory() + K::kUpdateAt);
@@ -260,7 +257,8 @@ forward_decode(const Forward call, const ClusterTiles tiles) {
     }
     w = gates<K::kPairs>(call, k, pz.y, pz.w);
     u = make_float2(w.x * pz.x, w.y * pz.z);
-    update[gated * K::kUpdatePitch + k / 2] = pack_saturated<typename K::T>(u.x, u.y);
+    *reinterpret_cast<typename T::Pair*>(update + gated * K::kUpdatePitch + k / kPerWord<T>) =
+        pack_saturated<T>(u.x, u.y);
   }
   sync_block(); // whoever passes has got all that is sent to its CTA, and may leave
 

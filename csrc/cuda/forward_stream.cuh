@@ -28,6 +28,7 @@ template <class T_, int kCluster_, int kWarps_, int kStrip_, int kRank_, int kRo
 struct ForwardStream {
   // -- types and shapes --
   using T = T_;
+  using Number = typename T::Number;
   static constexpr int kCluster = kCluster_; // CTAs
   static constexpr int kWarps = kWarps_;     // that compute, of a CTA; one more copies
   static constexpr int kStrip = kStrip_;     // columns of a warp
@@ -35,13 +36,17 @@ struct ForwardStream {
   static constexpr int kRows = kRows_;       // of a tile
   static constexpr int kStages = kStages_;   // tiles in shared memory
   static constexpr int kOutputs = 2 * kRank; // p and z
+  static constexpr int kBlocks = kStrip / kBlockColumns;
   static constexpr int kSlice = kWarps * kStrip;
-  static constexpr int kWidth = kCluster * kSlice;   // d
-  static constexpr int kOwned = kRows / kCluster;    // rows of a tile that a CTA finds w and u of
-  static constexpr int kGating = kOwned * kRank / 2; // threads that do, each for two bases of a row
+  static constexpr int kSliceBytes = kSlice * sizeof(Number); // of a row
+  static constexpr int kWidth = kCluster * kSlice;            // d
+  static constexpr int kOwned = kRows / kCluster;             // rows of a tile that a CTA finds w and u of
+  static constexpr int kGating = kOwned * kRank / 2;          // threads that do, each for two bases of a row
   static constexpr int kComputing = 32 * kWarps;
   static constexpr int kThreads = kComputing + 32;
+  static constexpr bool kSharedBasis = kPerWord<T> == 1; // since parts of numbers (float32.cuh) take registers, too
 
+  static_assert(kSliceBytes % 128 == 0, "rows in shared memory begin 4 banks apart");
   static_assert(kRows % 16 == 0 && kRows <= 32, "a product has 16 rows, and a lane of the producer copies one row");
   static_assert(kStrip % kBlockColumns == 0, "parameters are packed in blocks of 16 columns");
   static_assert(kRank == 8 || kRank == 16 || kRank == 32, "ranks are padded to 8, 16 or 32");
@@ -50,23 +55,27 @@ struct ForwardStream {
   static_assert(kStages >= 2, "one tile is computed while the next one arrives");
 
   // -- shared memory, in bytes --
-  using Stage = StagedRows<kSlice>;
+  using Stage = SharedRows<T, kSlice>;
   using Partial = PartialSums<kWarps, kRows, kOutputs>;
+  using Projection = StripParameters<T, kOutputs, kBlocks, false>;
+  using Basis = StripParameters<T, kRank, kBlocks, kSharedBasis>;
   static constexpr int kSumsBytes = kCluster * kOwned * kOutputs * 4; // what a CTA gets of one tile: sums of its rows
-  static constexpr int kUpdateBytes = kRows * kRank * 2;              // and u of all rows
+  static constexpr int kUpdateBytes = kRows * kRank * sizeof(Number); // and u of all rows
   static constexpr int kPartialAt = kStages * kRows * Stage::kPitch;
   static constexpr int kSumsAt = kPartialAt + Partial::kBytes;
   static constexpr int kUpdateAt = kSumsAt + kSumsBytes;
-  static constexpr int kBarriersAt = kUpdateAt + kUpdateBytes;
+  static constexpr int kBasisAt = kUpdateAt + kUpdateBytes;
+  static constexpr int kBarriersAt = kBasisAt + kWarps * Basis::kBytes;
   static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 2);
 };
 
 // The tile and the stages of an instance. Wide slices fill shared memory with 16 rows a tile; narrow ones take 32,
-// since the exchange between CTAs costs the same for both. Then as many stages as fit, up to what hides the latency of
-// memory.
+// since the exchange between CTAs costs the same for both, unless the parts of numbers of 32 bits take their registers.
+// Then as many stages as fit, up to what hides the latency of memory.
 template <class T, int kCluster, int kWarps, int kStrip, int kRank>
 struct ForwardStreamInstance {
-  static constexpr bool kNarrow = kWarps * kStrip <= 512 && 32 / kCluster * kRank / 2 <= 32 * kWarps;
+  static constexpr bool kNarrow =
+      kPerWord<T> == 2 && kWarps * kStrip <= 512 && 32 / kCluster * kRank / 2 <= 32 * kWarps;
   template <int kStages>
   using With = ForwardStream<T, kCluster, kWarps, kStrip, kRank, kNarrow ? 32 : 16, kStages>;
   using Type = With<most_stages<With, 6>()>;
@@ -92,13 +101,13 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
   const auto load = [&](int j) {
     const auto tile = tiles.at(j);
     const int stage = j % K::kStages;
-    if (lane() == 0) barrier_expect(barriers.full(stage), tile.count * K::kSlice * 2);
+    if (lane() == 0) barrier_expect(barriers.full(stage), tile.count * K::kSliceBytes);
     sync_warp();
     if (lane() < tile.count)
-      copy_in(
-          stages + (stage * K::kRows + lane()) * K::Stage::kPitch,
-          static_cast<const uint16_t*>(call.h) + row_of(call.rows, tile.first + lane()) * call.h_stride + first_column,
-          K::kSlice * 2, barriers.full(stage));
+      copy_in(stages + (stage * K::kRows + lane()) * K::Stage::kPitch,
+              static_cast<const typename K::Number*>(call.h) + row_of(call.rows, tile.first + lane()) * call.h_stride +
+                  first_column,
+              K::kSliceBytes, barriers.full(stage));
   };
   for (int j = 0; j < tiles.count && j < K::kStages - 1; ++j) load(j);
   for (int j = 0; j < tiles.count; ++j) {
@@ -113,8 +122,8 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     if (lane() < tile.count) {
       const int64_t row = row_of(call.rows, tile.first + lane());
       if (!in_place || is_edited(call.rows, row))
-        copy_out(static_cast<uint16_t*>(call.out) + row * call.out_stride + first_column,
-                 stages + (stage * K::kRows + lane()) * K::Stage::kPitch, K::kSlice * 2);
+        copy_out(static_cast<typename K::Number*>(call.out) + row * call.out_stride + first_column,
+                 stages + (stage * K::kRows + lane()) * K::Stage::kPitch, K::kSliceBytes);
     }
     close_copies_out();
   }
@@ -145,11 +154,11 @@ BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t se
     store_pair(call.weights + row * call.rank, call.rank, k, edited ? w : make_float2(0.0f, 0.0f));
     store_pair(call.update + row * call.rank, call.rank, k, edited ? u : make_float2(0.0f, 0.0f));
   }
-  const uint32_t word = pack_saturated<typename K::T>(u.x, u.y);
-  const Address to = address_of(shared_memory() + K::kUpdateAt) + (in_tile * K::kRank + k) * 2;
+  const auto pair = pack_saturated<typename K::T>(u.x, u.y);
+  const Address to = address_of(shared_memory() + K::kUpdateAt) + (in_tile * K::kRank + k) * sizeof(typename K::Number);
   if (!mine) return;
   BAFT_UNROLL
-  for (int rank = 0; rank < K::kCluster; ++rank) send(in_cta(to, rank), word, in_cta(barriers.update(), rank));
+  for (int rank = 0; rank < K::kCluster; ++rank) send(in_cta(to, rank), pair, in_cta(barriers.update(), rank));
 }
 
 // -- compute --
@@ -158,12 +167,11 @@ template <class K>
 BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
                             const ForwardStreamBarriers<K>& barriers) {
   using T = typename K::T;
-  constexpr int kBlocks = K::kStrip / kBlockColumns;
   const int strip = warp() * K::kStrip; // first column, within the slice
   const int first_block = (cluster_rank() * K::kSlice + strip) / kBlockColumns;
   float* partial = reinterpret_cast<float*>(shared_memory() + K::kPartialAt);
-  Fragments<K::kOutputs> projection[kBlocks];
-  Fragments<K::kRank> basis[kBlocks];
+  typename K::Projection projection(nullptr);
+  typename K::Basis basis(shared_memory() + K::kBasisAt + warp() * K::Basis::kBytes);
   int64_t set = -1;
   for (int j = 0; j < tiles.count; ++j) {
     const auto tile = tiles.at(j);
@@ -171,12 +179,9 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     unsigned char* rows = shared_memory() + stage * K::kRows * K::Stage::kPitch;
     if (const int64_t its_set = set_of(call.rows, tile.sequence); its_set != set) {
       set = its_set;
-      BAFT_UNROLL
-      for (int b = 0; b < kBlocks; ++b) {
-        const int64_t block = set * (K::kWidth / kBlockColumns) + first_block + b;
-        projection[b].load(call.projection, block);
-        basis[b].load(call.basis, block);
-      }
+      const int64_t block = set * (K::kWidth / kBlockColumns) + first_block;
+      projection.load(call.projection, block);
+      basis.load(call.basis, block);
     }
     if (thread() == 0) {
       barrier_expect(barriers.sums(), K::kSumsBytes);
@@ -189,12 +194,12 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     for (int m = 0; m < K::kRows / 16; ++m) {
       float sums[K::kOutputs / 8][4] = {};
       BAFT_UNROLL
-      for (int b = 0; b < kBlocks; ++b) {
-        uint32_t left[4];
-        load_matrices(left, K::Stage::left_row(address_of(rows), m * 16, strip + b * kBlockColumns));
+      for (int b = 0; b < K::kBlocks; ++b) {
+        uint32_t left[kLeftWords<T>];
+        K::Stage::load_left(left, rows, m * 16, strip + b * kBlockColumns);
         BAFT_UNROLL
         for (int n = 0; n < K::kOutputs / 8; ++n)
-          T::multiply(sums[n], left, projection[b].words[2 * n], projection[b].words[2 * n + 1]);
+          T::multiply(sums[n], left, projection.at(b).words + n * kRightWords<T>);
       }
       K::Partial::store(partial, warp(), m * 16, sums);
     }
@@ -217,11 +222,11 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     barrier_wait(barriers.update(), j % 2);
 
     // write back
-    const unsigned char* update = shared_memory() + K::kUpdateAt;
+    const uint32_t* update = reinterpret_cast<const uint32_t*>(shared_memory() + K::kUpdateAt);
     BAFT_UNROLL
     for (int m = 0; m < K::kRows / 16; ++m)
-      add_expansion<T, K::kRank, kBlocks>(call.rows, tile, m * 16, reinterpret_cast<const uint16_t*>(update), basis,
-                                          rows + strip * 2, K::Stage::kPitch);
+      add_expansion<T, K::kRank, K::kBlocks, K::Stage::kPitch>(call.rows, tile, m * 16, update, basis,
+                                                               rows + strip * sizeof(typename K::Number));
     fence_for_copies();
     sync_warp();
     if (lane() == 0) barrier_arrive(barriers.done(stage));

@@ -1,7 +1,8 @@
 // The CUDA kernels' interface: plain structs, raw pointers, neither torch nor CUDA. Pointers are to device memory.
 //
-// Parameters are packed in blocks of 16 columns of d, [sets, d / 16, 32 lanes, rows / 4 words], with ranks padded by
-// zeros to 8, 16 or 32 (fragments.h). The rows of (D, G) lie interleaved, D_k at 2k and G_k at 2k + 1.
+// Parameters are packed in blocks of 16 columns of d, [sets, d / 16, 32 lanes, words of each], with ranks padded by
+// zeros to 8, 16 or 32: of 16 bits rows / 4 words, of 32 rows / 2 (fragments.h). The rows of (D, G) lie interleaved,
+// D_k at 2k and G_k at 2k + 1.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 namespace baft::cuda {
 
 enum class Gate : int { sigmoid, softmax, none };
-enum class Dtype : int { bfloat16, float16 };
+enum class Dtype : int { bfloat16, float16, float32 };
 
 // Which rows a call works on: `sequences` of `length` items each. An item is a row, or a place in a list of rows.
 struct Rows {
@@ -22,7 +23,7 @@ struct Rows {
 struct Forward {
   const void* h;
   void* out;                    // may be h: then rows that aren't edited are not written
-  int64_t h_stride, out_stride; // elements from row to row, multiples of 8
+  int64_t h_stride, out_stride; // elements from row to row; rows begin at multiples of 16 bytes
   Rows rows;
   int rank; // r, before padding
   Gate gate;
@@ -50,7 +51,7 @@ struct Pack {
 struct Backward {
   const void *grad_out, *h; // h is read only for the parameters' gradients
   void* grad_input;         // null if it isn't wanted; may be grad_out. Rows that aren't edited get grad_out's bits
-  int64_t grad_out_stride, h_stride, grad_input_stride; // elements from row to row, multiples of 8
+  int64_t grad_out_stride, h_stride, grad_input_stride; // elements from row to row; rows begin at multiples of 16 bytes
   Rows rows;
   int rank; // r, before padding
   Gate gate;

@@ -8,8 +8,11 @@ namespace baft::cuda {
 // The rank that a kernel for rank r is compiled for: 8, 16 or 32; 0 if there is none.
 constexpr int padded_rank(int64_t rank) { return rank <= 8 ? 8 : rank <= 16 ? 16 : rank <= 32 ? 32 : 0; }
 
+// Bytes of a number.
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 // Whether the forward kernels are compiled for this width and rank.
-bool has_forward(int64_t width, int64_t rank);
+bool has_forward(int64_t width, int64_t rank, Dtype dtype);
 
 const char* launch_forward(const Forward& call, int64_t width, Dtype dtype, void* stream);
 // The slots that a backward pass takes for parameters' gradients, and the parts of each for b and c (kernels.h).
@@ -17,7 +20,7 @@ struct BackwardSlots {
   int64_t slots, parts;
 };
 
-bool has_backward(int64_t width, int64_t rank, int architecture); // as 900 for sm_90
+bool has_backward(int64_t width, int64_t rank, Dtype dtype, int architecture); // as 900 for sm_90
 BackwardSlots backward_slots(const Rows& rows, int64_t width, int64_t rank, Dtype dtype);
 const char* launch_backward(const Backward& call, int64_t width, Dtype dtype, void* stream);
 const char* launch_backward_reduce(const BackwardReduce& call, void* stream);

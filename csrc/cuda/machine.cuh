@@ -36,6 +36,11 @@ BAFT_DEVICE int warp() {
   return __shfl_sync(~0u, threadIdx.x / 32, 0);
 } // the same in all lanes, and the compiler knows
 BAFT_DEVICE int lane() { return threadIdx.x % 32; }
+BAFT_DEVICE int lane_anew() { // found each time: what depends on it takes no registers in the meantime
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 BAFT_DEVICE int block() { return blockIdx.x; }
 BAFT_DEVICE int blocks() { return gridDim.x; }
 BAFT_DEVICE int cluster_rank() {
@@ -123,6 +128,11 @@ BAFT_DEVICE void send(Address to, float4 values, Address barrier) {
                "r"(__float_as_uint(values.w)), "r"(barrier)
                : "memory");
 }
+BAFT_DEVICE void send(Address to, float2 values, Address barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(barrier)
+               : "memory");
+}
 BAFT_DEVICE void send(Address to, uint32_t word, Address barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(word),
                "r"(barrier)
@@ -158,14 +168,15 @@ BAFT_DEVICE void give_registers() {
 
 BAFT_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 BAFT_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(~0u, holds); } // bit i: whether it holds in lane i
-// Four 8 x 8 matrices of 16 bits; lane 8 m + i says where row i of matrix m is. See fragments.h for who holds what.
-BAFT_DEVICE void load_matrices(uint32_t (&to)[4], Address row) {
+// Four 8 x 8 matrices of 16 bits, or not transposed, 8 x 4 of 32; lane 8 m + i says where row i of matrix m is. See
+// fragments.h for who holds what.
+BAFT_DEVICE void load_matrices(uint32_t* to, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)
                : "memory");
 }
-BAFT_DEVICE void load_matrices_transposed(uint32_t (&to)[4], Address row) {
+BAFT_DEVICE void load_matrices_transposed(uint32_t* to, Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)
@@ -175,6 +186,8 @@ BAFT_DEVICE void load_matrices_transposed(uint32_t (&to)[4], Address row) {
 // -- 16-bit numbers, two in a word --
 
 struct Bfloat16 {
+  using Number = uint16_t;
+  using Pair = uint32_t;
   static constexpr float kLargest = 3.3895314e38f;
   static BAFT_DEVICE uint32_t pack(float low, float high) {
     uint32_t word;
@@ -184,22 +197,24 @@ struct Bfloat16 {
   static BAFT_DEVICE float low(uint32_t word) { return __uint_as_float(word << 16); }
   static BAFT_DEVICE float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   // sums [16 x 8] += a [16 x 16] b [16 x 8], and with half the depth.
-  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
-  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
+  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], const uint32_t* b) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
   }
 };
 
 struct Float16 {
+  using Number = uint16_t;
+  using Pair = uint32_t;
   static constexpr float kLargest = 65504.0f;
   static BAFT_DEVICE uint32_t pack(float low, float high) {
     uint32_t word;
@@ -208,23 +223,41 @@ struct Float16 {
   }
   static BAFT_DEVICE float low(uint32_t word) { return __half2float(__ushort_as_half(word & 0xffff)); }
   static BAFT_DEVICE float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
-  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
-  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
+  static BAFT_DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[2], const uint32_t* b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b));
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
   }
 };
 
+// -- 32-bit numbers: float32, and TF32, which has the upper 19 bits of one --
+
+BAFT_DEVICE float as_float(uint32_t word) { return __uint_as_float(word); }
+BAFT_DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
+BAFT_DEVICE uint32_t to_tf32(float x) { // the nearest
+  uint32_t word;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
+  return word;
+}
+// sums [16 x 8] += a [16 x 8] b [8 x 8]: four words and two, whose lower 13 bits are taken for zeros.
+BAFT_DEVICE void multiply_tf32(float (&sums)[4], const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // -- functions --
 
-BAFT_DEVICE float exponential(float x) { return __expf(x); }
+BAFT_DEVICE float exponential(float x) { return expf(x); } // to float32's last bit, which __expf() is not
 BAFT_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 // Of memory that nothing writes from the kernel's start to its end. Neither compiler nor machine keeps such a load in
 // its place: it may come ahead of a wait for the previous kernel that it stands behind, and behind one that it stands

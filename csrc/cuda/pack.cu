@@ -11,7 +11,9 @@ const char* launch_pack(const Pack* layers, int count, Dtype dtype, void* stream
     PackTable table = {};
     const int some = count - first < kPackLayers ? count - first : kPackLayers;
     for (int i = 0; i < some; ++i) table.layers[i] = layers[first + i];
-    const auto kernel = dtype == Dtype::bfloat16 ? pack<Bfloat16> : pack<Float16>;
+    const auto kernel = dtype == Dtype::bfloat16  ? pack<Bfloat16>
+                        : dtype == Dtype::float16 ? pack<Float16>
+                                                  : pack<Float32>;
     kernel<<<some * kShare, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, kShare);
   }
   return problem_of(cudaGetLastError());

@@ -1,10 +1,13 @@
 // What warps do with a tile of rows: the pieces that the kernels share.
 #pragma once
 
+#include "float32.cuh"
 #include "fragments.h"
 #include "kernels.h"
 #include "machine.cuh"
+#include "parameters.cuh"
 #include "rows.cuh"
+#include "shared_rows.cuh"
 
 namespace baft::cuda {
 
@@ -16,19 +19,6 @@ constexpr int most_stages() {
   else
     return most_stages<With, kMost - 1>();
 }
-
-// Rows of `kSlice` numbers of 16 bits in shared memory. Each begins 16 bytes, or 4 banks, after the one before it:
-// eight rows of a matrix, or a row of each of eight lanes, then lie in different banks.
-template <int kSlice>
-struct StagedRows {
-  static constexpr int kPitch = kSlice * 2 + 16;
-  static_assert(kSlice % 64 == 0, "a pitch of 16 bytes more than whole lines");
-
-  // What this lane tells load_matrices(), for the left factor at (row, column).
-  static BAFT_DEVICE Address left_row(Address rows, int row, int column) {
-    return rows + (row + lane() % 16) * kPitch + (column + lane() / 16 * 8) * 2;
-  }
-};
 
 // Sums of every warp over its strip of columns, [kWarps][kRows][kColumns], in shared memory.
 template <int kWarps, int kRows, int kColumns>
@@ -69,82 +59,118 @@ struct PartialSums {
   }
 };
 
-// A lane's share of one block of packed parameters.
-template <int kParameterRows>
-struct Fragments {
-  static constexpr int kWords = kParameterRows / 4;
-  uint32_t words[kWords];
+// Two coefficients as operands of a product. They saturate: an infinity would make NaN of every zero that it meets.
+template <class T>
+BAFT_DEVICE typename T::Pair pack_saturated(float first, float second) {
+  const auto bounded = [](float x) { return x > T::kLargest ? T::kLargest : x < -T::kLargest ? -T::kLargest : x; };
+  return T::pack(bounded(first), bounded(second));
+}
 
-  BAFT_DEVICE void load(const uint32_t* packed, int64_t block) {
-    const uint32_t* mine = packed + (block * 32 + lane()) * kWords;
-    if constexpr (kWords == 2) {
-      const uint2 two = *reinterpret_cast<const uint2*>(mine);
-      words[0] = two.x, words[1] = two.y;
+// -- c M, for 16 rows of coefficients c --
+
+// A lane's part of 16 rows and 8 columns: the sums of a product, from the words of half a left factor, ...
+template <class T>
+BAFT_DEVICE void unpack(float (&sums)[4], const uint32_t* words) {
+  BAFT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kPerWord<T> == 2) {
+      sums[2 * half] = T::low(words[half]), sums[2 * half + 1] = T::high(words[half]);
     } else {
-      BAFT_UNROLL
-      for (int i = 0; i < kWords; i += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(mine + i);
-        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-      }
+      sums[2 * half] = as_float(words[half]), sums[2 * half + 1] = as_float(words[2 + half]);
     }
+  }
+}
+// ... and the other way round, word `q`.
+template <class T>
+BAFT_DEVICE uint32_t word_of(const float (&sums)[4], int q) {
+  const int half = q % 2;
+  if constexpr (kPerWord<T> == 2)
+    return T::pack(sums[2 * half], sums[2 * half + 1]);
+  else
+    return as_word(sums[2 * half + q / 2]);
+}
+
+// The same part in shared memory, in rows `kPitch` bytes apart. `first` is its first row's first column.
+template <class T, int kPitch>
+struct EightColumns {
+  unsigned char* first;
+
+  BAFT_DEVICE uint32_t& word(int q) const {
+    const Element at = left_element<T>(lane(), q);
+    return *reinterpret_cast<uint32_t*>(first + at.row * kPitch + at.column * sizeof(typename T::Number));
+  }
+  BAFT_DEVICE void load(float (&sums)[4]) const {
+    uint32_t words[kLeftWords<T> / 2];
+    BAFT_UNROLL
+    for (int q = 0; q < kLeftWords<T> / 2; ++q) words[q] = word(q);
+    unpack<T>(sums, words);
+  }
+  // Of the lane's two rows, those that are to be written.
+  BAFT_DEVICE void store(const float (&sums)[4], bool upper, bool lower) const {
+    BAFT_UNROLL
+    for (int q = 0; q < kLeftWords<T> / 2; ++q)
+      if (q % 2 == 0 ? upper : lower) word(q) = word_of<T>(sums, q);
   }
 };
 
-// Two coefficients as operands of a product. float16 saturates: an infinity would make NaN of every zero that it meets.
-template <class T>
-BAFT_DEVICE uint32_t pack_saturated(float low, float high) {
-  const auto bounded = [](float x) { return x > T::kLargest ? T::kLargest : x < -T::kLargest ? -T::kLargest : x; };
-  return T::pack(bounded(low), bounded(high));
-}
+// Coefficients [16, kCount] as left factors, and their products with M. There is one product of depth 8 for 8 of them,
+// else there are those of depth 16.
+template <class T, int kCount>
+struct Coefficients {
+  static constexpr int kDepths = kCount > 8 ? kCount / 16 : 1;
+  static constexpr int kWords = kCount > 8 ? kLeftWords<T> : kLeftWords<T> / 2; // of a factor
+  uint32_t words[kDepths][kWords] = {};
+
+  // `word(row, first)` has the coefficients of a row from `first` on.
+  template <class WordAt>
+  BAFT_DEVICE void load(WordAt word) {
+    BAFT_UNROLL
+    for (int depth = 0; depth < kDepths; ++depth) {
+      BAFT_UNROLL
+      for (int q = 0; q < kWords; ++q) {
+        const Element at = left_element<T>(lane(), q);
+        words[depth][q] = word(at.row, depth * 16 + at.column);
+      }
+    }
+  }
+
+  // sums += c M, of the n-th 8 columns of a block.
+  BAFT_DEVICE void multiply(float (&sums)[4], const Fragments<T, kCount>& matrix, int n) const {
+    BAFT_UNROLL
+    for (int depth = 0; depth < kDepths; ++depth)
+      T::multiply(sums, words[depth], matrix.words + n * (matrix.kWords / 2) + depth * kRightWords<T>);
+  }
+};
 
 // rows += c M in place, for 16 rows from `row` of a tile on and the columns of `kBlocks` blocks; rows that aren't
 // edited keep their bits. `coefficients` is [*, kCoefficients], `columns` points to the first column of the tile's
 // first row.
-template <class T, int kCoefficients, int kBlocks>
-BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, const uint16_t* coefficients,
-                               const Fragments<kCoefficients> (&matrix)[kBlocks], unsigned char* columns, int pitch) {
-  constexpr int kDepths = kCoefficients / 16; // products of depth 16; 0 for one of depth 8
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(coefficients);
-  const auto left_word = [&](int q, int depth) {
-    const Element at = left_element(lane(), q);
-    return words[((row + at.row) * kCoefficients + depth * 16 + at.column) / 2];
-  };
-  uint32_t left[kDepths ? kDepths : 1][kDepths ? 4 : 2];
-  BAFT_UNROLL
-  for (int depth = 0; depth < (kDepths ? kDepths : 1); ++depth) {
-    BAFT_UNROLL
-    for (int q = 0; q < (kDepths ? 4 : 2); ++q) left[depth][q] = left_word(q, depth);
-  }
-  const Element upper = sum_element(lane(), 0), lower = sum_element(lane(), 2);
+template <class T, int kCoefficients, int kBlocks, int kPitch, class Matrix>
+BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, const uint32_t* coefficients,
+                               const Matrix& matrix, unsigned char* columns) {
+  Coefficients<T, kCoefficients> left;
+  left.load([&](int of_sixteen, int first) {
+    return coefficients[((row + of_sixteen) * kCoefficients + first) / kPerWord<T>];
+  });
   const auto writes = [&](int in_tile) {
     return !rows.mask || (in_tile < tile.count && is_edited(rows, row_of(rows, tile.first + in_tile)));
   };
-  const bool writes_upper = writes(row + upper.row), writes_lower = writes(row + lower.row);
+  const bool writes_upper = writes(row + sum_element(lane(), 0).row);
+  const bool writes_lower = writes(row + sum_element(lane(), 2).row);
   BAFT_UNROLL
   for (int b = 0; b < kBlocks; ++b) {
-    uint32_t *first[2], *second[2];
+    const auto eight = [&](int n) {
+      return EightColumns<T, kPitch>{columns + row * kPitch + (b * kBlockColumns + n * 8) * sizeof(typename T::Number)};
+    };
+    const auto& right = matrix.at(b);
     float sums[2][4];
     BAFT_UNROLL
     for (int n = 0; n < 2; ++n) { // both products before either is stored, so that one doesn't wait for the other
-      unsigned char* here = columns + row * pitch + (b * kBlockColumns + n * 8 + upper.column) * 2;
-      first[n] = reinterpret_cast<uint32_t*>(here + upper.row * pitch);
-      second[n] = reinterpret_cast<uint32_t*>(here + lower.row * pitch);
-      sums[n][0] = T::low(*first[n]), sums[n][1] = T::high(*first[n]);
-      sums[n][2] = T::low(*second[n]), sums[n][3] = T::high(*second[n]);
-      const uint32_t* right = matrix[b].words + n * (kCoefficients / 8);
-      if constexpr (kDepths == 0) {
-        T::multiply(sums[n], left[0], right[0]);
-      } else {
-        BAFT_UNROLL
-        for (int depth = 0; depth < kDepths; ++depth)
-          T::multiply(sums[n], left[depth], right[2 * depth], right[2 * depth + 1]);
-      }
+      eight(n).load(sums[n]);
+      left.multiply(sums[n], right, n);
     }
     BAFT_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      if (writes_upper) *first[n] = T::pack(sums[n][0], sums[n][1]);
-      if (writes_lower) *second[n] = T::pack(sums[n][2], sums[n][3]);
-    }
+    for (int n = 0; n < 2; ++n) eight(n).store(sums[n], writes_upper, writes_lower);
   }
 }
 

@@ -1,6 +1,7 @@
 // The backward kernels for the emulator, in shapes small enough for it, as functions that Python calls.
 #include "backward_reduce.cuh"
 #include "backward_stream.cuh"
+#include "numbers.h"
 #include "reported.h"
 
 using namespace baft::cuda;
@@ -25,7 +26,11 @@ extern "C" {
   DO(3, BackwardStream<Float16, 1, 4, 32, 8, 16, 2>)   \
   DO(4, BackwardStream<Float16, 4, 2, 32, 32, 16, 2>)  \
   DO(5, BackwardStream<Bfloat16, 4, 5, 64, 32, 16, 2>) \
-  DO(6, BackwardStream<Bfloat16, 8, 8, 64, 16, 32, 2>)
+  DO(6, BackwardStream<Bfloat16, 8, 8, 64, 16, 32, 2>) \
+  DO(7, BackwardStream<Float32, 2, 2, 32, 8, 32, 2>)   \
+  DO(8, BackwardStream<Float32, 4, 2, 32, 16, 16, 3>)  \
+  DO(9, BackwardStream<Float32, 4, 2, 32, 32, 16, 2>)  \
+  DO(10, BackwardStream<Float32, 8, 5, 64, 16, 16, 2>)
 
 const char* emulate_backward_stream(const Backward* call, int shape, int clusters, uint64_t seed) {
   return reported([&] {
@@ -50,12 +55,12 @@ const char* emulate_backward_reduce(const BackwardReduce* call, uint64_t seed) {
 // Width, padded rank, dtype and parts of a shape.
 int backward_stream_shape(int shape, int* width, int* rank, int* dtype, int* parts) {
   switch (shape) {
-#define BAFT_CASE(NUMBER, ...)                        \
-  case NUMBER:                                        \
-    *width = __VA_ARGS__::kWidth;                     \
-    *rank = __VA_ARGS__::kRank;                       \
-    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>; \
-    *parts = __VA_ARGS__::kParts;                     \
+#define BAFT_CASE(NUMBER, ...)                         \
+  case NUMBER:                                         \
+    *width = __VA_ARGS__::kWidth;                      \
+    *rank = __VA_ARGS__::kRank;                        \
+    *dtype = static_cast<int>(kDtype<__VA_ARGS__::T>); \
+    *parts = __VA_ARGS__::kParts;                      \
     return 1;
     BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE

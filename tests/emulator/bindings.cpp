@@ -1,5 +1,4 @@
 // csrc/cuda_bindings.cpp on the emulated GPU: the launches of csrc/cuda/*.cu in shapes small enough for it.
-#include <type_traits>
 #include <utility>
 
 #include "../../csrc/cuda_bindings.cpp"
@@ -7,7 +6,7 @@
 #include "backward_stream.cuh"
 #include "forward_decode.cuh"
 #include "forward_stream.cuh"
-#include "pack.cuh"
+#include "numbers.h"
 #include "reported.h"
 #include "retract.cuh"
 
@@ -21,11 +20,10 @@ constexpr uint64_t kSeed = 0;
 #define BAFT_SHAPES(DO)                                                                  \
   DO(128, 8, Bfloat16, (2, 2, 32, 8, 16, 2), (2, 2, 32, 8, 8), (2, 2, 32, 8, 16, 2))     \
   DO(256, 16, Bfloat16, (4, 2, 32, 16, 16, 3), (4, 2, 32, 16, 8), (4, 2, 32, 16, 16, 3)) \
-  DO(512, 16, Float16, (8, 4, 16, 16, 32, 2), (8, 2, 32, 16, 8), (8, 4, 16, 16, 32, 2))
+  DO(512, 16, Float16, (8, 4, 16, 16, 32, 2), (8, 2, 32, 16, 8), (8, 4, 16, 16, 32, 2))  \
+  DO(128, 8, Float32, (2, 2, 32, 8, 16, 2), (2, 2, 32, 8, 8), (2, 2, 32, 8, 16, 2))      \
+  DO(256, 16, Float32, (4, 2, 32, 16, 16, 3), (4, 2, 32, 16, 8), (4, 2, 32, 16, 16, 3))
 #define BAFT_OPEN(...) __VA_ARGS__
-
-template <class T>
-constexpr Dtype kDtype = std::is_same_v<T, Float16> ? Dtype::float16 : Dtype::bfloat16;
 
 // Packs that the last kernel wrote, and what was there before: a kernel that needn't wait for it may still find that.
 std::vector<emulator::Written> last_packed;
@@ -46,11 +44,11 @@ const char* run(int64_t clusters, const std::function<void()>& kernel,
 
 } // namespace
 
-bool has_forward(int64_t width, int64_t rank) { return has_backward(width, rank, 900); }
+bool has_forward(int64_t width, int64_t rank, Dtype dtype) { return has_backward(width, rank, dtype, 900); }
 
-bool has_backward(int64_t width, int64_t rank, int) {
-#define BAFT_CASE(WIDTH, RANK, ...) \
-  if (width == WIDTH && padded_rank(rank) == RANK) return true;
+bool has_backward(int64_t width, int64_t rank, Dtype dtype, int) {
+#define BAFT_CASE(WIDTH, RANK, T, ...) \
+  if (width == WIDTH && padded_rank(rank) == RANK && dtype == kDtype<T>) return true;
   BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE
   return false;
@@ -114,15 +112,13 @@ const char* launch_pack(const Pack* layers, int count, Dtype dtype, void*) {
   std::copy(layers, layers + count, table.layers);
   last_packed.clear();
   for (int i = 0; i < count; ++i) {
-    const int64_t words = layers[i].sets * layers[i].width * layers[i].padded_rank / 2;
+    const int64_t words = layers[i].sets * layers[i].width * layers[i].padded_rank * bytes_of(dtype) / 4;
     remember(layers[i].forward_projection, 2 * words);
     remember(layers[i].forward_basis, words);
     remember(layers[i].bias, layers[i].sets * 2 * layers[i].rank);
   }
-  return reported([&] {
-    emulator::launch(count * kShare, 1, kPackThreads, 0, kSeed,
-                     [&] { dtype == Dtype::float16 ? pack<Float16>(table, kShare) : pack<Bfloat16>(table, kShare); });
-  });
+  return reported(
+      [&] { emulator::launch(count * kShare, 1, kPackThreads, 0, kSeed, [&] { pack_in(dtype, table, kShare); }); });
 }
 
 } // namespace baft::cuda

@@ -1,5 +1,6 @@
 // The forward kernel for few rows for the emulator, in small shapes and in a real one, as functions that Python calls.
 #include "forward_decode.cuh"
+#include "numbers.h"
 #include "reported.h"
 
 using namespace baft::cuda;
@@ -31,7 +32,11 @@ extern "C" {
   DO(2, ForwardDecode<Float16, 2, 5, 32, 32, 8>)   \
   DO(3, ForwardDecode<Float16, 8, 4, 16, 16, 16>)  \
   DO(4, ForwardDecode<Bfloat16, 1, 8, 16, 32, 16>) \
-  DO(5, ForwardDecode<Bfloat16, 8, 8, 64, 16, 8>)
+  DO(5, ForwardDecode<Bfloat16, 8, 8, 64, 16, 8>)  \
+  DO(6, ForwardDecode<Float32, 1, 4, 16, 8, 8>)    \
+  DO(7, ForwardDecode<Float32, 4, 2, 32, 16, 8>)   \
+  DO(8, ForwardDecode<Float32, 2, 8, 16, 32, 16>)  \
+  DO(9, ForwardDecode<Float32, 8, 8, 64, 16, 8>)
 
 const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows, const Unfinished* unfinished,
                                    int count, uint64_t seed) {
@@ -52,12 +57,12 @@ const char* emulate_forward_decode(const Forward* call, int shape, int tile_rows
 // Width, padded rank, dtype, and most rows of a tile, of a shape.
 int forward_decode_shape(int shape, int* width, int* rank, int* dtype, int* rows) {
   switch (shape) {
-#define BAFT_CASE(NUMBER, ...)                        \
-  case NUMBER:                                        \
-    *width = __VA_ARGS__::kWidth;                     \
-    *rank = __VA_ARGS__::kRank;                       \
-    *dtype = std::is_same_v<__VA_ARGS__::T, Float16>; \
-    *rows = __VA_ARGS__::kRows;                       \
+#define BAFT_CASE(NUMBER, ...)                         \
+  case NUMBER:                                         \
+    *width = __VA_ARGS__::kWidth;                      \
+    *rank = __VA_ARGS__::kRank;                        \
+    *dtype = static_cast<int>(kDtype<__VA_ARGS__::T>); \
+    *rows = __VA_ARGS__::kRows;                        \
     return 1;
     BAFT_SHAPES(BAFT_CASE)
 #undef BAFT_CASE

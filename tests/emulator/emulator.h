@@ -45,6 +45,7 @@ namespace baft::cuda {
 inline int thread() { return emulator::self().thread; }
 inline int warp() { return thread() / 32; }
 inline int lane() { return thread() % 32; }
+inline int lane_anew() { return lane(); }
 inline int cluster_rank() { return emulator::self().rank; }
 inline int block() { return emulator::cluster().index() * emulator::cluster().size() + cluster_rank(); }
 inline int blocks() { return emulator::cluster().count() * emulator::cluster().size(); }
@@ -146,6 +147,7 @@ inline void send_value(Address to, Value value, Address barrier) {
   });
 }
 inline void send(Address to, float4 values, Address barrier) { send_value(to, values, barrier); }
+inline void send(Address to, float2 values, Address barrier) { send_value(to, values, barrier); }
 inline void send(Address to, uint32_t word, Address barrier) { send_value(to, word, barrier); }
 inline void send(Address to, float value, Address barrier) { send_value(to, value, barrier); }
 
@@ -210,7 +212,7 @@ struct MatrixLoad {
   uint32_t* to;
   bool transposed;
 };
-inline void load_matrices_as(uint32_t (&to)[4], Address row, bool transposed) {
+inline void load_matrices_as(uint32_t* to, Address row, bool transposed) {
   MatrixLoad mine{row, to, transposed};
   emulator::together("matrices", mine, [](MatrixLoad** all) {
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -226,53 +228,66 @@ inline void load_matrices_as(uint32_t (&to)[4], Address row, bool transposed) {
     }
   });
 }
-inline void load_matrices(uint32_t (&to)[4], Address row) { load_matrices_as(to, row, false); }
-inline void load_matrices_transposed(uint32_t (&to)[4], Address row) { load_matrices_as(to, row, true); }
+inline void load_matrices(uint32_t* to, Address row) { load_matrices_as(to, row, false); }
+inline void load_matrices_transposed(uint32_t* to, Address row) { load_matrices_as(to, row, true); }
 
-// -- 16-bit numbers --
+// -- products --
 
+// Tensor cores truncate their sums.
+inline float truncated(double x) {
+  const float nearest = static_cast<float>(x);
+  const bool beyond = std::isfinite(nearest) && std::abs(static_cast<double>(nearest)) > std::abs(x);
+  return beyond ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// What a lane gives to one: `kPerWord` numbers in a word.
+template <int kPerWord>
 struct Product {
   float* sums;
   uint32_t a[4], b[2];
   int depth;
 };
 
-template <class T>
-inline void multiply_in_warp(Product& mine) {
-  emulator::together("a product", mine, [](Product** all) {
+// sums += a b, the numbers of a word by `number(word, index)`.
+template <int kPerWord, class Number>
+inline void multiply_in_warp(Product<kPerWord>& mine, Number number) {
+  emulator::together("a product", mine, [number](Product<kPerWord>** all) {
     double a[16][16] = {}, b[16][8] = {};
-    const int depth = all[0]->depth;
+    const int depth = all[0]->depth, halves = depth / (4 * kPerWord);
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
-      for (int q = 0; q < depth / 4; ++q) { // registers of a: rows g and g + 8, columns 2t and 2t + 8
-        const int row = g + 8 * (q % 2), column = 2 * t + 8 * (q / 2);
-        a[row][column] = T::low(all[lane]->a[q]);
-        a[row][column + 1] = T::high(all[lane]->a[q]);
-      }
-      for (int q = 0; q < depth / 8; ++q) {
-        b[2 * t + 8 * q][g] = T::low(all[lane]->b[q]);
-        b[2 * t + 8 * q + 1][g] = T::high(all[lane]->b[q]);
-      }
+      for (int half = 0; half < halves; ++half)
+        for (int i = 0; i < kPerWord; ++i) {
+          const int k = (t + half * 4) * kPerWord + i; // a has rows g and g + 8 of this column
+          a[g][k] = number(all[lane]->a[2 * half], i);
+          a[g + 8][k] = number(all[lane]->a[2 * half + 1], i);
+          b[k][g] = number(all[lane]->b[half], i);
+        }
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int q = 0; q < 4; ++q) {
         const int row = lane / 4 + 8 * (q / 2), column = lane % 4 * 2 + q % 2;
         double sum = all[lane]->sums[q];
         for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
-        all[lane]->sums[q] = static_cast<float>(sum);
+        all[lane]->sums[q] = truncated(sum);
       }
   });
 }
 
+// -- 16-bit numbers --
+
 template <class T>
 struct Half {
-  static void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    Product mine{sums, {a[0], a[1], a[2], a[3]}, {b0, b1}, 16};
-    multiply_in_warp<T>(mine);
+  using Number = uint16_t;
+  using Pair = uint32_t;
+  static float number(uint32_t word, int i) { return i == 0 ? T::low(word) : T::high(word); }
+  static void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    Product<2> mine{sums, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, 16};
+    multiply_in_warp(mine, number);
   }
-  static void multiply(float (&sums)[4], const uint32_t (&a)[2], uint32_t b) {
-    Product mine{sums, {a[0], a[1], 0, 0}, {b, 0}, 8};
-    multiply_in_warp<T>(mine);
+  static void multiply(float (&sums)[4], const uint32_t (&a)[2], const uint32_t* b) {
+    Product<2> mine{sums, {a[0], a[1], 0, 0}, {b[0], 0}, 8};
+    multiply_in_warp(mine, number);
   }
 };
 
@@ -312,6 +327,27 @@ struct Float16 : Half<Float16> {
   static float low(uint32_t word) { return value(word & 0xffff); }
   static float high(uint32_t word) { return value(word >> 16); }
 };
+
+// -- 32-bit numbers --
+
+inline float as_float(uint32_t word) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+inline uint32_t as_word(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+inline uint32_t to_tf32(float x) {
+  const uint32_t word = as_word(x);
+  return (std::isnan(x) ? word : word + 0xfff + (word >> 13 & 1)) & ~0x1fffu;
+}
+inline void multiply_tf32(float (&sums)[4], const uint32_t* a, const uint32_t* b) {
+  Product<1> mine{sums, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, 8};
+  multiply_in_warp(mine, [](uint32_t word, int) { return as_float(word & ~0x1fffu); });
+}
 
 // -- functions --
 
