@@ -82,7 +82,8 @@ def _places(parameters: Parameters) -> list[tuple[int, int, torch.Size] | None]:
     return [None if value is None else (id(value), value.data_ptr(), value.shape) for value in parameters]
 
 
-# By the identity of the basis, the layout and, on a GPU, the stream; an entry goes when one of its tensors does.
+# By the identity of the basis, the layout and, on a GPU, the stream; an entry goes when one of its tensors does:
+# perhaps while garbage is collected in the middle of a loop, so loops go over a copy.
 _entries: dict[tuple[int, Callable[..., Any], torch.dtype, int], _Entry] = {}
 
 
@@ -130,7 +131,7 @@ def _notice_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Count what a fused optimiser has written: its kernels don't tell autograd, others do."""
     if not any(group.get("fused") for group in optimizer.param_groups):
         return
-    held = {id(value) for entry in _entries.values() for value in entry.parameters() if value is not None}
+    held = {id(value) for entry in _entries.copy().values() for value in entry.parameters() if value is not None}
     written = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"] if id(p) in held]
     torch.autograd.graph.increment_version(written)
 
@@ -153,7 +154,7 @@ def repack(bases: Iterable[Tensor]) -> None:
     """
     here = {(id(basis), *_stream_of(basis)) for basis in bases}
     stale: dict[Fill, list[tuple[_Entry, Parameters]]] = {}
-    for (basis, _, _, stream), entry in list(_entries.items()):
+    for (basis, _, _, stream), entry in _entries.copy().items():
         if entry.fill is None or (basis, stream, False) not in here:
             continue
         parameters = entry.parameters()

@@ -226,6 +226,26 @@ def test_packs_go_with_their_parameters() -> None:
     assert len(packing._entries) == before
 
 
+def test_garbage_may_be_collected_while_packs_are_renewed() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself, self.parameters = self, parameters()
+
+    pack, kept = Counter(), [parameters() for _ in range(300)]
+    for given in kept:
+        packed(pack, given, torch.float32)
+    threshold = gc.get_threshold()
+    try:
+        for _ in range(10):
+            gc.collect()
+            gc.set_threshold(100_000)
+            packed(pack, Cycle().parameters, torch.float32)
+            gc.set_threshold(gc.get_count()[0] + 50)  # so that it comes while 300 packs are looked through
+            repack([kept[0].basis])
+    finally:
+        gc.set_threshold(*threshold)
+
+
 def test_inference_tensors_have_no_versions_and_are_packed_each_time() -> None:
     pack = Counter()
     with torch.inference_mode():
