@@ -20,7 +20,7 @@ from baft import BaftEditor
 from baft.engine.encoding import Encoded
 from baft.engine.modes import frozen_for_editing
 from baft.engine.options import EngineOptions
-from baft.engine.passes import Passed
+from baft.engine.passes import Passed, PassInputs
 from baft.engine.step import Lesson
 
 OFF = EngineOptions(replay=False, head_where_needed=False, side_by_side=False)
@@ -153,12 +153,14 @@ def assert_logits_are_those_of_each_text_alone(editor: BaftEditor) -> None:
         torch.testing.assert_close(actual, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
 
+def arranged(editor: BaftEditor, drawn: Lesson) -> PassInputs:
+    count = len(drawn.edits) + len(drawn.unrelated)
+    return editor._begin().passes.arrange(drawn.edits, drawn.unrelated, [0] * count, predictions=True)
+
+
 @contextmanager
 def passed(editor: BaftEditor, drawn: Lesson) -> Iterator[Passed]:
-    count = len(drawn.edits) + len(drawn.unrelated)
-    passes = editor._begin().passes
-    inputs = passes.arrange(drawn.edits, drawn.unrelated, [0] * count, predictions=True)
-    with passes.run(inputs, records=False) as seen:
+    with editor._begin().passes.run(arranged(editor, drawn), records=False) as seen:
         yield seen
 
 
@@ -256,8 +258,7 @@ def work_of(model: PreTrainedModel) -> Iterator[dict[str, int]]:
 def test_only_blocks_above_the_first_edited_one_run_again(first: int) -> None:
     editor = moved_from_identity(tiny_editor(layers=(first, 2) if first < 2 else (2,)))
     drawn = lesson(editor)
-    with passed(editor, drawn) as seen:
-        cells = seen.grid.ids.numel()
+    cells = arranged(editor, drawn).grid.ids.numel()
     with work_of(editor.model) as work, passed(editor, drawn):
         pass
     answers = sum(len(text.ids) - text.prompt_length for text in drawn.edits)
@@ -269,8 +270,9 @@ def test_only_blocks_above_the_first_edited_one_run_again(first: int) -> None:
 def test_with_all_off_everything_runs() -> None:
     editor = moved_from_identity(tiny_editor(layers=(2,), options=OFF))
     drawn = lesson(editor)
-    with work_of(editor.model) as work, passed(editor, drawn) as seen:
-        cells = seen.grid.ids.numel()
+    cells = arranged(editor, drawn).grid.ids.numel()
+    with work_of(editor.model) as work, passed(editor, drawn):
+        pass
     unrelated = len(drawn.unrelated) * max(len(text.ids) for text in drawn.unrelated)
     assert work == dict.fromkeys(("0", "1", "2", "head"), cells + unrelated)
 
@@ -345,6 +347,7 @@ def test_a_vocabulary_is_never_needed_where_nobody_looks() -> None:
     drawn = lesson(editor)
     passes = editor._begin().passes
     count = len(drawn.edits) + len(drawn.unrelated)
-    with passes.run(drawn.edits, drawn.unrelated, [0] * count, predictions=False, records=False) as seen:
+    inputs = passes.arrange(drawn.edits, drawn.unrelated, [0] * count, predictions=False)
+    with passes.run(inputs, records=False) as seen:
         assert seen.answers.shape == (sum(len(t.ids) - t.prompt_length for t in drawn.edits), VOCABULARY)
         assert seen.edited is None and seen.unedited is None

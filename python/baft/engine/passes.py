@@ -243,14 +243,14 @@ class Passes:
 
     @torch.no_grad()
     def _keeps_texts_apart(self) -> bool:
-        """Whether the model computes texts that lie side by side as it does each alone: tried, on two of them."""
-        one, other = (Encoded(ids, len(ids), subject=(0, 0)) for ids in ((1, 2, 3, 4, 5), (6, 7, 8)))
-        ways = {self._takes_mask(length) for length in (len(one.ids), sys.maxsize)}  # of short texts, of long ones
+        """Whether the model computes texts that lie side by side as it does each alone: tried, on some that do."""
+        texts = [Encoded(tuple(range(k, k + 4)), 4, subject=(0, 0)) for k in (1, 5, 9, 13)]
+        ways = {self._takes_mask(length) for length in (4, sys.maxsize)}  # of short texts, of long ones
         with evaluating(self.model), self.attachment.disabled():
             self._side_by_side = False
-            alone = torch.cat((self._predictions([one]), self._predictions([other])))
+            alone = torch.cat([self._predictions([text]) for text in texts])
             self._side_by_side = True
-            together = [self._predictions([one, other], masked=masked) for masked in ways]
+            together = [self._predictions(texts, masked=masked) for masked in ways]
         return all(bool((logits - alone).abs().max() < _SAME * alone.std()) for logits in together)
 
 
