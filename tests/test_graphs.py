@@ -103,14 +103,23 @@ def test_a_shape_is_captured_once_and_replayed_ever_after(monkeypatch: pytest.Mo
 
 
 def test_graphs_go_when_the_models_weights_do() -> None:
-    taped, eager = (editor_with(kind) for kind in (Graphs, Eager))
+    taped, eager = (editor_with(kind, rehearsal=0, stop_below=0.0) for kind in (Graphs, Eager))
     for editor in (taped, eager):
-        editor.edit(REQUESTS[:2])
-        with torch.no_grad():
-            head = editor.model.get_output_embeddings()
-            head.weight = torch.nn.Parameter(2 * head.weight)
-        editor.edit(REQUESTS[2:3])
+        editor.edit(REQUESTS[:1])
+        head = editor.model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(2 * head.weight.detach())
+        editor.edit(REQUESTS[:1])
     assert_same(taped, eager)
+
+
+def test_replays_are_counted_as_writes() -> None:
+    # Or else what was packed outside of graphs would pass for fresh.
+    editor = editor_with(Graphs)
+    inputs = arranged(editor, [0], 1.0, (1, True, True))
+    editor._begin().graphs(inputs)
+    before = [parameter._version for parameter in editor.interventions.parameters()]
+    editor._begin().graphs(inputs)
+    assert all(p._version > version for p, version in zip(editor.interventions.parameters(), before, strict=True))
 
 
 # -- inputs --
