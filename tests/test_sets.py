@@ -87,7 +87,7 @@ class Alone:
         for name, parameter in self.named.items():
             parameter.grad = gradients[name].clone()
         for group, base_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * base_rate
+            group["lr"] = torch.tensor(rate * base_rate, dtype=torch.float32).item()  # as the sets have it
         self.optimizer.step()
 
 

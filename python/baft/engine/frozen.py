@@ -50,8 +50,12 @@ class FrozenStates:
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
         self._know(texts)
-        # At padding stands the first text's first token, since what is computed there must be finite.
+        # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
+        width = grid.ids.shape[1]
         index = [self._prefixes.start(texts[0].ids)] * grid.ids.numel()
+        for text, start in zip(texts, grid.starts, strict=True):
+            row = start - start % width
+            index[row : row + width] = [self._prefixes.start(text.ids)] * width
         for text, start in zip(texts, grid.starts, strict=True):
             first = self._prefixes.start(text.ids)
             index[start : start + len(text.ids)] = range(first, first + len(text.ids))

@@ -236,16 +236,22 @@ class TrainingStep:
             terms.append(_means(change, inputs.unrelated_tokens).to(passed.answers.device))
         return torch.stack(terms).mean(0)
 
-    @torch.no_grad()
     def count_usage(self, edits: Sequence[Encoded]) -> None:
         """Add the gate weights on the tokens of finished edits to the usage that load balancing looks at."""
+        for layer, usage in self.usage_of(edits).items():
+            self.usage[layer] += usage
+
+    @torch.no_grad()
+    def usage_of(self, edits: Sequence[Encoded], set: int = 0) -> dict[int, Tensor]:
+        """By layer the sum of w over the tokens of ``edits``, under a parameter set, [r]; nothing if nobody asks."""
         if self.config.balance_weight <= 0:
-            return
-        texts = self.passes.arrange(edits, [], [0] * len(edits), predictions=False)
-        with self.passes.run(texts, records=True) as passed:
-            for layer, record in passed.records.items():
-                weights = record.weights.flatten(0, 1)
-                self.usage[layer] += weights[texts.edit_cells.to(weights.device)].sum(0)
+            return {}
+        texts = self.passes.arrange(edits, [], [set] * len(edits), predictions=False)
+        with self.passes.run(texts, grouped=self.sets.grouped, records=True) as passed:
+            return {
+                layer: record.weights.flatten(0, 1)[texts.edit_cells.to(record.weights.device)].sum(0)
+                for layer, record in passed.records.items()
+            }
 
 
 def _means(values: Tensor, sizes: Tensor) -> Tensor:
