@@ -54,7 +54,10 @@ PARTS = {
     "- replay": EngineOptions(replay=False),
     "- head where needed": EngineOptions(head_where_needed=False),
     "- texts side by side": EngineOptions(side_by_side=False),
+    "+ CUDA graphs": EngineOptions(graphs=True),
 }
+# What makes no difference there.
+WITHOUT = {"single": {"+ CUDA graphs"}, "sequential": {"- edits abreast"}}
 
 
 @dataclass
@@ -166,7 +169,7 @@ def compare(
         "plain": lambda: edit_plainly(subject, mode, task, options.plain_requests)
     }
     for name, engine in PARTS.items():
-        if mode == "sequential" and name == "- edits abreast":
+        if name in WITHOUT[mode] or (engine.graphs and subject.model.device.type != "cuda"):
             continue
         count = options.requests if mode == "single" else options.plain_requests * 2
         variants[name] = lambda engine=engine, count=count: edit_ours(subject, mode, task, count, engine)
