@@ -158,7 +158,8 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
     name = f"edit_throughput_{subject.name}_{subject.model.device.type}"
     (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
     (options.out / f"{name}.md").write_text("\n".join([markdown(rows, about), markdown(shares, about), asked]))
-    console.print(f"Saved: {options.out / name}.md")
+    draw_parts(raw, options.out / f"{name}.png", subject)
+    console.print(f"Saved: {options.out / name}.md and .png")
 
 
 def compare(
@@ -352,6 +353,24 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
     (options.out / f"{name}.md").write_text(markdown(rows, about))
     draw_curve(raw, options.out / f"{name}.png", subject)
     console.print(f"Saved: {options.out / name}.md")
+
+
+def draw_parts(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:
+    """Bars: how many times as fast as plain editing each variant is."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in raw if "times_plain" in line and line["variant"] != "plain"]
+    panels = list(dict.fromkeys((line["mode"], line["task"]) for line in lines))
+    figure = Figure(figsize=(4 * len(panels), 2.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        shown = [line for line in lines if (line["mode"], line["task"]) == panel][::-1]
+        bars = axes.barh([line["variant"] for line in shown], [line["times_plain"] for line in shown])
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.margins(x=0.15)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set(title=", ".join(panel), xlabel="times as fast as plain editing")
+    figure.suptitle(subject.name)
+    figure.savefig(path, dpi=150)
 
 
 def draw_curve(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:

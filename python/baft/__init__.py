@@ -7,7 +7,8 @@
 
 from baft.config import BaftConfig
 from baft.editor import BaftEditor, EditOutcome
+from baft.engine.options import EngineOptions
 from baft.requests import EditRequest, Probe
 from baft_kernels import __version__
 
-__all__ = ["BaftConfig", "BaftEditor", "EditOutcome", "EditRequest", "Probe", "__version__"]
+__all__ = ["BaftConfig", "BaftEditor", "EditOutcome", "EditRequest", "EngineOptions", "Probe", "__version__"]

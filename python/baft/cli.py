@@ -66,10 +66,14 @@ def run(
     seed: Seed = 0,
     backend: Backend = None,
     config: Config = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Single edits trained at a time; chosen by the memory that is free.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Edit a model with the requests of a data set, and measure before, during and after."""
     from baft.editor import BaftEditor
+    from baft.engine.options import EngineOptions
     from baft.runs.inputs import load_assignment, load_config, load_model
     from baft.runs.picture import draw_run
     from baft.runs.results import RunFolder
@@ -81,7 +85,8 @@ def run(
     folder = RunFolder(out)
     with console.progress() as watcher:
         loaded, tokenizer = load_model(model, on_training=watcher.training)
-        editor = BaftEditor(loaded, tokenizer, settings, unrelated=assignment.unrelated)
+        options = EngineOptions(slots=slots)
+        editor = BaftEditor(loaded, tokenizer, settings, unrelated=assignment.unrelated, options=options)
         description = {"model": model, "dataset": str(dataset)}
         report = run_edits(editor, assignment.requests, mode, folder=folder, watcher=watcher, description=description)
     draw_run(report.results, folder.picture)
