@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tiny import REQUESTS, attach, tiny_editor, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from baft.attach import find_blocks
 from baft.engine.encoding import Encoder
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.modes import evaluating, frozen_for_editing
+from baft.engine.sets import ParameterSets
 
 # With dropout wherever the family has it; OPT's blocks apply theirs without a module.
 DROPOUT: dict[str, dict[str, Any]] = {
@@ -40,29 +41,30 @@ def trained(model: PreTrainedModel, **changes: Any) -> tuple[list[float], list[T
     editor = tiny_editor(model, **options)
     gradients: list[Tensor] = []
 
-    def collect(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        parameters: Sequence[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-        assert all(parameter.grad is not None for parameter in parameters)
-        gradients.extend(parameter.grad.clone() for parameter in parameters if parameter.grad is not None)
+    update = ParameterSets.update
 
-    handle = register_optimizer_step_pre_hook(collect)
-    try:
+    def collect(sets: ParameterSets, *arguments: Any) -> Tensor:
+        for parameter in editor.interventions.parameters():
+            assert parameter.grad is not None
+            gradients.append(parameter.grad.clone())
+        return update(sets, *arguments)
+
+    with mock.patch.object(ParameterSets, "update", collect):
         outcomes = editor.edit(REQUESTS[:2])
-    finally:
-        handle.remove()
-        editor.remove()
+    editor.remove()
+    assert gradients
     return [loss for outcome in outcomes for loss in outcome.curve.losses], gradients
 
 
 @contextmanager
 def counted_passes(model: nn.Module) -> Iterator[list[int]]:
-    """Counts, in ``[0]``, how often the first block runs, recomputation included."""
+    """Counts, in ``[0]``, how often the last block runs, recomputation included."""
     count = [0]
 
     def tick(*_: object) -> None:
         count[0] += 1
 
-    handle = next(find_blocks(model).modules[0].children()).register_forward_hook(tick)
+    handle = next(find_blocks(model).modules[-1].children()).register_forward_hook(tick)
     try:
         yield count
     finally:
