@@ -366,7 +366,7 @@ def draw_parts(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:
         shown = [line for line in lines if (line["mode"], line["task"]) == panel][::-1]
         bars = axes.barh([line["variant"] for line in shown], [line["times_plain"] for line in shown])
         axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set(title=", ".join(panel), xlabel="times as fast as plain editing")
     figure.suptitle(subject.name)
