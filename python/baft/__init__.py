@@ -6,9 +6,10 @@
 """
 
 from baft.config import BaftConfig
-from baft.editor import BaftEditor, EditOutcome
+from baft.editing import Editor, EditOutcome
+from baft.editor import BaftEditor
 from baft.engine.options import EngineOptions
 from baft.requests import EditRequest, Probe
 from baft_kernels import __version__
 
-__all__ = ["BaftConfig", "BaftEditor", "EditOutcome", "EditRequest", "EngineOptions", "Probe", "__version__"]
+__all__ = ["BaftConfig", "BaftEditor", "EditOutcome", "EditRequest", "Editor", "EngineOptions", "Probe", "__version__"]

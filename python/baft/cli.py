@@ -87,7 +87,7 @@ def run(
         loaded, tokenizer = load_model(model, on_training=watcher.training)
         options = EngineOptions(slots=slots)
         editor = BaftEditor(loaded, tokenizer, settings, unrelated=assignment.unrelated, options=options)
-        description = {"model": model, "dataset": str(dataset)}
+        description = {"model": model, "dataset": str(dataset), "method": editor.name}
         report = run_edits(editor, assignment.requests, mode, folder=folder, watcher=watcher, description=description)
     draw_run(report.results, folder.picture)
     console.report(report, folder)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from baft import storage
 from baft.attach import Attachment, find_blocks
 from baft.bank import AdapterBank
 from baft.config import BaftConfig
+from baft.editing import EditOutcome, Mode
 from baft.engine.abreast import EditsAbreast
 from baft.engine.calibration import calibrate_gates
 from baft.engine.encoding import Encoded, Encoder
@@ -35,25 +35,6 @@ __all__ = ["BaftEditor", "EditOutcome", "Mode"]
 # Texts that the unedited model writes where none are given, and that the gates are calibrated on.
 _SELF_WRITTEN = 256
 _CALIBRATION_TEXTS = 256
-
-Mode = Literal["single", "batch", "sequential"]
-
-
-@dataclass(frozen=True)
-class EditOutcome:
-    """What became of one request.
-
-    Attributes:
-        index: the request's place among those given.
-        request: what was asked.
-        curve: how it trained; all requests of a batch share one curve.
-        state: in single mode, the editor's state with this request alone edited; give it to ``load_state``.
-    """
-
-    index: int
-    request: EditRequest
-    curve: Curve
-    state: dict[str, Tensor] | None = None
 
 
 class BaftEditor:
@@ -110,6 +91,16 @@ class BaftEditor:
         self._options = options or EngineOptions()
         self._unrelated = unrelated
         self._trainer: Trainer | None = None
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables: without gates it is LoReFT."""
+        return "LoReFT" if self.config.gate_fn == "none" else "BaFT"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited blocks, counted from 0."""
+        return tuple(self.attachment.interventions)
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -366,7 +357,7 @@ class BaftEditor:
             storage.SavedEditor(
                 config=self.config,
                 width=self.attachment.blocks.width,
-                layers=tuple(self.attachment.interventions),
+                layers=self.layers,
                 parameters=self.parameters(),
                 training_state=self._trainer.state() if self._trainer else {},
                 edits=self.edits,

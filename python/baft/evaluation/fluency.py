@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 
 from baft import objective
-from baft.editor import BaftEditor
+from baft.editing import Editor
 from baft.engine.encoding import IGNORED
 from baft.requests import EditRequest
 
@@ -32,7 +32,7 @@ def ngram_entropy(text: str) -> float:
 
 
 def fluency(
-    editor: BaftEditor, requests: Sequence[EditRequest], *, max_new_tokens: int = 48, batch_size: int = 64
+    editor: Editor, requests: Sequence[EditRequest], *, max_new_tokens: int = 48, batch_size: int = 64
 ) -> dict[str, float]:
     """Free text of the edited model about ``requests``, continued from their generation prompts, else their prompts.
 
@@ -51,7 +51,7 @@ def fluency(
 
 
 @torch.no_grad()
-def _mean_nll(editor: BaftEditor, pairs: Sequence[tuple[str, str]], batch_size: int) -> float:
+def _mean_nll(editor: Editor, pairs: Sequence[tuple[str, str]], batch_size: int) -> float:
     rows = [editor.encoder.pair(prompt, text, append_eos=False) for prompt, text in pairs]
     nlls: list[float] = []
     for first in range(0, len(rows), batch_size):

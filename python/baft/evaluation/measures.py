@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baft.editor import BaftEditor
+from baft.editing import Editor, SideBySide
 from baft.engine.generation import OnBatch
 from baft.evaluation.matching import answer_part, matches, normalise
 from baft.evaluation.probes import MEASURES, ProbeResult, Question, questions
@@ -50,7 +50,7 @@ class Evaluator:
         batch_size: sequences at once.
     """
 
-    def __init__(self, editor: BaftEditor, *, max_new_tokens: int = 16, batch_size: int = 64) -> None:
+    def __init__(self, editor: Editor, *, max_new_tokens: int = 16, batch_size: int = 64) -> None:
         self.editor = editor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -98,12 +98,14 @@ class Evaluator:
 
         Args:
             states: of each request the state of the editor that is asked, such as ``EditOutcome.state``: all are asked
-                side by side. None asks the model as it is now.
+                side by side, where the editor can. None asks the model as it is now.
         """
+        if states is not None and not isinstance(self.editor, SideBySide):
+            return self._measure_in_turn(requests, states, on_batch)
         asked = [list(questions(request)) for request in requests]
         flat = [question for group in asked for question in group]
         self.record_base(requests)
-        bank = None if states is None else self.editor.bank(states)
+        bank = self.editor.bank(states) if isinstance(self.editor, SideBySide) and states is not None else None
         by = [index for index, group in enumerate(asked) for _ in group]
 
         def options(chosen: Sequence[int]) -> dict[str, Any]:
@@ -118,6 +120,19 @@ class Evaluator:
             [self._judge(q, text, next(forced) if q.answers else None) for q, text in zip(flat, texts, strict=True)]
         )
         return [[next(results) for _ in group] for group in asked]
+
+    def _measure_in_turn(
+        self, requests: Sequence[EditRequest], states: Sequence[Mapping[str, Tensor]], on_batch: OnBatch | None
+    ) -> list[list[ProbeResult]]:
+        before = self.editor.state()
+        results = []
+        try:
+            for request, state in zip(requests, states, strict=True):
+                self.editor.load_state(dict(state))
+                results += self.measure([request], on_batch)
+        finally:
+            self.editor.load_state(before)
+        return results
 
     def _judge(self, question: Question, text: str, forced: Forced | None) -> ProbeResult:
         before = self._base_texts[question.prompt]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from baft.editor import BaftEditor, EditOutcome, Mode
+from baft.editing import Editor, EditOutcome, Mode
 from baft.engine.generation import OnBatch
 from baft.evaluation.fluency import fluency
 from baft.evaluation.measures import Evaluator, Metrics, summarise
@@ -46,7 +46,7 @@ class RunReport:
 
 
 def run_edits(
-    editor: BaftEditor,
+    editor: Editor,
     requests: Sequence[EditRequest],
     mode: Mode,
     *,
@@ -91,7 +91,7 @@ def run_edits(
     results = {
         **(description or {}),
         "protocol": {**evaluator.protocol, "mode": mode},
-        "config": editor.config.model_dump(mode="json") | {"layers": list(editor.attachment.interventions)},
+        "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},
         "versions": versions(),
         "backend": resolve_backend(editor.config.backend),
         "seed": editor.config.seed,
@@ -132,7 +132,7 @@ class _Run:
 
     def __init__(
         self,
-        editor: BaftEditor,
+        editor: Editor,
         requests: Sequence[EditRequest],
         mode: Mode,
         folder: RunFolder | None,
@@ -228,16 +228,16 @@ def _retained(evaluator: Evaluator, requests: Sequence[EditRequest]) -> dict[str
     return {"edits": len(requests), **metrics}
 
 
-def _fluency(editor: BaftEditor, requests: Sequence[EditRequest], batch_size: int) -> dict[str, Any]:
+def _fluency(editor: Editor, requests: Sequence[EditRequest], batch_size: int) -> dict[str, Any]:
     sample = _evenly(requests)
     with editor.disabled():
         before = fluency(editor, sample, batch_size=batch_size)
     return {"before": before, "after": fluency(editor, sample, batch_size=batch_size)}
 
 
-def _adapter_bytes(editor: BaftEditor, mode: Mode, edits: int) -> float:
+def _adapter_bytes(editor: Editor, mode: Mode, edits: int) -> float:
     """Bytes of parameters that each edit costs: a set of its own in single mode, a share of the one set otherwise."""
-    total = sum(p.numel() * p.element_size() for p in editor.interventions.parameters())
+    total = sum(p.numel() * p.element_size() for p in editor.parameters().values())
     return float(total) if mode == "single" else total / edits
 
 

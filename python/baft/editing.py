@@ -1,0 +1,114 @@
+"""What any method of editing has in common: its modes, what comes of a request, and what a run needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, overload, runtime_checkable
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from baft.config import BaftConfig
+from baft.engine.encoding import Encoder
+from baft.engine.schedule import Curve, OnStep
+from baft.requests import EditRequest
+
+__all__ = ["EditOutcome", "Editor", "Mode", "SideBySide"]
+
+Mode = Literal["single", "batch", "sequential"]
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What became of one request.
+
+    Attributes:
+        index: the request's place among those given.
+        request: what was asked.
+        curve: how it trained; all requests of a batch share one curve.
+        state: in single mode, the editor's state with this request alone edited; give it to ``load_state``.
+    """
+
+    index: int
+    request: EditRequest
+    curve: Curve
+    state: dict[str, Tensor] | None = None
+
+
+class Editor(Protocol):
+    """A model under edit, by whatever method; ``BaftEditor`` says what each of these does.
+
+    Attributes:
+        config: how it edits; a method without bases leaves the fields alone that speak of them.
+        encoder: text to tokens, as the method's own training has it.
+        edits: the requests that are edited in, in order.
+    """
+
+    config: BaftConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    edits: list[EditRequest]
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited blocks, counted from 0; none if the method edits no block."""
+
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        mode: Mode = "sequential",
+        *,
+        on_edit: Callable[[EditOutcome], None] | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[EditOutcome]:
+        """Edit ``requests``."""
+
+    def edit_each(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Iterator[EditOutcome]:
+        """Edit each of ``requests`` alone, and leave the editor as it was."""
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Continue one prompt, or each of several, under the edits."""
+
+    def force(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[tuple[list[int], list[int]]]:
+        """Teacher forcing under the edits."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The base model, exactly, while this context lasts."""
+
+    def remove(self) -> None:
+        """Take the editor off the model for good."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Copies of what is trained."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that editing changes, ``edits`` apart: what continuing needs."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go to a state that ``state()`` returned."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save what using these edits needs."""
+
+    def engine_report(self) -> dict[str, Any]:
+        """How the engine worked so far, for people."""
+
+
+@runtime_checkable
+class SideBySide(Protocol):
+    """An editor that can be asked several of its states in one batch."""
+
+    def bank(self, states: Sequence[Mapping[str, Tensor]]) -> Any:
+        """Those states, for ``generate`` and ``force`` as ``adapters``."""
