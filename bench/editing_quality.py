@@ -34,7 +34,7 @@ from baft import BaftConfig, BaftEditor
 from baft.editor import Mode
 from baft.evaluation.measures import Evaluator, Metrics
 from baft.runs.inputs import load_assignment, load_model
-from baft.runs.results import versions
+from baft.runs.environment import versions
 from baft.runs.run import run_edits
 
 RESULTS = Path(__file__).parent / "results"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -110,6 +111,66 @@ def test_generate_and_eval_use_a_saved_adapter(testbed: Path, sequential_run: tu
     assert said["after"].strip().startswith(line["target"]) and not said["before"].strip().startswith(line["target"])
     done = baft("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
     assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
+
+
+def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """A finished run is one that has nothing left to do."""
+    out, results = sequential_run
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    (again / "results.json").unlink()
+    done = baft("run", "--resume", "--out", again, "--json")
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads(done.stdout)
+    assert resumed["metrics"] == results["metrics"] and len(resumed["sessions"]) == 2
+    assert (again / "edits.jsonl").read_bytes() == (out / "edits.jsonl").read_bytes()
+
+
+def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = sequential_run
+    done = baft("run", "--resume", "--out", out, "--mode", "batch")
+    assert done.returncode == 2 and "mode: the run was started with 'sequential', got 'batch'" in done.stderr
+    done = baft("run", "--resume", "--out", tmp_path)
+    assert done.returncode == 2 and "run.json" in done.stderr
+    done = baft("run", "--out", out, "--model", "m", "--dataset", "d", "--mode", "batch")
+    assert done.returncode == 2 and "--resume" in done.stderr
+    done = baft("run", "--out", tmp_path / "new", "--mode", "batch")
+    assert done.returncode == 2 and "expected --model, --dataset and --mode" in done.stderr
+
+
+def test_a_data_set_that_changed_is_refused(
+    sequential_run: tuple[Path, dict[str, Any]], dataset: Path, tmp_path: Path
+) -> None:
+    out, _ = sequential_run
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    other = tmp_path / "other.json"
+    other.write_text(dataset.read_text().replace(json.loads(dataset.read_text())[0]["target_new"], "Elsewhere"))
+    words = json.loads((again / "run.json").read_text())
+    words["started_with"]["dataset"] = str(other)
+    (again / "run.json").write_text(json.dumps(words))
+    done = baft("run", "--resume", "--out", again)
+    assert done.returncode == 2 and "requests.sha256" in done.stderr
+
+
+def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = sequential_run
+    run = Path(shutil.copytree(out, tmp_path / "run"))
+    lines = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
+    done = baft("edits", "list", run, "--json", "--first", 1, "--limit", 2)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == lines[1:3]
+    assert lines[3]["target"] in baft("edits", "list", run).stdout
+    assert json.loads(baft("edits", "show", run, 2, "--json").stdout) == lines[2]
+    assert lines[2]["prompt"] in " ".join(baft("edits", "show", run, 2).stdout.split())
+    asked = baft("edits", "rollback", run, 2)
+    assert asked.returncode == 0 and "Nothing was changed" in asked.stdout and (run / "results.json").exists()
+    done = baft("edits", "rollback", run, 2, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert len(baft("edits", "list", run, "--json").stdout.splitlines()) == 2
+    assert baft("edits", "show", run, 2).returncode == 2
+    assert baft("run", "--resume", "--out", run).returncode == 0
+    again = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
+    assert [line["final"] for line in again] == [line["final"] for line in lines]
+    assert baft("edits", "drop", run, 0, "--yes").returncode == 0
+    assert [json.loads(line)["index"] for line in baft("edits", "list", run, "--json").stdout.splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from baft import cli_edits
 from baft.console import Console
 
 __all__ = ["app", "main"]
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Edit facts in language models with BaFT.",
 )
+
+app.add_typer(cli_edits.app, name="edits")
 
 Model = Annotated[str, typer.Option(help="A folder, a Hugging Face name, or factworld.")]
 Dataset = Annotated[str, typer.Option(help="A benchmark file, or factworld.")]
@@ -45,7 +48,7 @@ def demo(
     """Edit facts of FactWorld, a small invented world, in a small model that knows it: watch, then read the report."""
     if out == Path("runs/demo"):
         out = _next_free(out)
-    run("factworld", "factworld", "sequential", out, edits, seed, None, None, as_json)
+    run(out, "factworld", "factworld", "sequential", edits, seed, as_json=as_json)
 
 
 def _next_free(folder: Path) -> Path:
@@ -58,10 +61,12 @@ def _next_free(folder: Path) -> Path:
 
 @app.command()
 def run(
-    model: Model,
-    dataset: Dataset,
-    mode: Annotated[Literal["single", "batch", "sequential"], typer.Option()],
     out: Out,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, a Hugging Face name, factworld, or factworld-large.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="A benchmark file, factworld, or factworld-large.")] = None,
+    mode: Annotated[Literal["single", "batch", "sequential"] | None, typer.Option()] = None,
     edits: Edits = None,
     seed: Seed = 0,
     backend: Backend = None,
@@ -69,26 +74,86 @@ def run(
     slots: Annotated[
         int | None, typer.Option(help="Single edits trained at a time; chosen by the memory that is free.", min=1)
     ] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Texts for general ability, one a line.")] = None,
+    measure_every: Annotated[
+        int | None, typer.Option(help="Measure earlier edits after so many, beside 1, 10, 100, ...", min=1)
+    ] = None,
+    retained: Annotated[int, typer.Option(help="Earlier edits that are asked about then, at most.", min=1)] = 100,
+    final: Annotated[
+        int | None, typer.Option(help="Edits that are asked about at the end, at most; all by default.", min=1)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Edits between two checkpoints; by default as often as costs next to nothing.", min=1),
+    ] = None,
+    log: Annotated[Literal["csv", "tensorboard"] | None, typer.Option(help="Also write figures as they come.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it was started.")] = False,
     as_json: Json = False,
 ) -> None:
     """Edit a model with the requests of a data set, and measure before, during and after."""
-    from baft.editor import BaftEditor
-    from baft.engine.options import EngineOptions
-    from baft.runs.inputs import load_assignment, load_config, load_model
+    from baft.runs.folder import RunFolder
+    from baft.runs.inputs import load_config
+    from baft.runs.start import RunWords
+
+    with RunFolder(out) as folder:
+        if resume:
+            words = RunWords(**folder.started_with())
+            _agree(words, model=model, dataset=dataset, mode=mode, edits=edits)
+        elif model is None or dataset is None or mode is None:
+            raise ValueError(
+                "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)
+            )
+        elif folder.begun:
+            raise ValueError(
+                f"out: expected a new or empty folder, got {out}, which has a run in it: --resume goes on with it"
+            )
+        else:
+            words = RunWords(
+                model=model,
+                dataset=dataset,
+                mode=mode,
+                config=load_config(config, seed=seed, backend=backend),
+                edits=edits,
+                slots=slots,
+                held_out=held_out,
+                measure_every=measure_every,
+                retained=retained,
+                final=final,
+                checkpoint_every=checkpoint_every,
+            )
+        _run(words, folder, log, as_json)
+
+
+def _given(*words: str | None) -> str:
+    return ", ".join(word for word in words if word) or "none"
+
+
+def _agree(words: Any, **given: Any) -> None:
+    """A run that goes on is as it was started; what is said again has to be the same."""
+    for name, value in given.items():
+        if value is not None and value != getattr(words, name):
+            raise ValueError(f"{name}: the run was started with {getattr(words, name)!r}, got {value!r}")
+
+
+def _run(words: Any, folder: Any, log: str | None, as_json: bool) -> None:
+    from baft.runs.logs import open_log
     from baft.runs.picture import draw_run
-    from baft.runs.results import RunFolder
     from baft.runs.run import run_edits
+    from baft.runs.start import start
 
     console = Console(quiet=as_json)
-    settings = load_config(config, seed=seed, backend=backend)
-    assignment = load_assignment(dataset, edits, seed)
-    folder = RunFolder(out)
     with console.progress() as watcher:
-        loaded, tokenizer = load_model(model, on_training=watcher.training)
-        options = EngineOptions(slots=slots)
-        editor = BaftEditor(loaded, tokenizer, settings, unrelated=assignment.unrelated, options=options)
-        description = {"model": model, "dataset": str(dataset), "method": editor.name}
-        report = run_edits(editor, assignment.requests, mode, folder=folder, watcher=watcher, description=description)
+        started = start(words, folder, on_training=watcher.training)
+        report = run_edits(
+            started.editor,
+            started.requests,
+            words.mode,
+            plan=started.plan,
+            folder=folder,
+            watcher=watcher,
+            log=open_log(log, folder.path) if log else None,
+            description=started.description,
+        )
     draw_run(report.results, folder.picture)
     console.report(report, folder)
     if as_json:
@@ -108,7 +173,7 @@ def evaluate(
     from baft.editor import BaftEditor
     from baft.evaluation.measures import Evaluator, summarise
     from baft.runs.inputs import load_model
-    from baft.runs.run import watched
+    from baft.runs.watcher import watched
 
     console = Console(quiet=as_json)
     with console.progress() as watcher:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -21,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from baft.evaluation.probes import MEASURES, ProbeResult
-from baft.runs.results import RunFolder
+from baft.runs.folder import RunFolder
+from baft.runs.records import EditRecord
 from baft.runs.run import RunReport
 
 __all__ = ["Console", "ProgressWatcher"]
@@ -36,12 +38,15 @@ class ProgressWatcher:
         self._progress = progress
         self._task: Any = None
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self._finish()
-        self._task = self._progress.add_task(name, total=total, note="")
+        self._task = self._progress.add_task(name, total=total, completed=done, note="")
 
     def advance(self, note: str = "", units: int = 1) -> None:
         self._progress.update(self._task, advance=units, note=note)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, style="yellow", highlight=False)
 
     def training(self, step: int, steps: int, loss: float, known: float) -> None:
         """Progress of the training of a testbed model (its ``OnProgress``)."""
@@ -109,14 +114,17 @@ class Console:
         table = Table(title="What the model says", title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("prompt", "before", "wanted", "after", ""):
             table.add_column(column, overflow="fold")
-        for record in report.records[:_SHOWN_EDITS]:
-            first = next(r for r in record.final or record.immediate if r.question.measure == "reliability")
+        for record in report.records(_SHOWN_EDITS):
+            first = _first(record.final or record.immediate)
+            if first is None:
+                continue
             table.add_row(
                 first.question.prompt, _line(first.before), record.request.target, _line(first.text), _mark(first)
             )
         self._console.print(table)
-        if len(report.records) > _SHOWN_EDITS:
-            self.say(f"... and {len(report.records) - _SHOWN_EDITS} more, in edits.jsonl")
+        more = report.results["edits"] - _SHOWN_EDITS
+        if more > 0:
+            self.say(f"... and {more} more, in edits.jsonl")
 
     def metrics(self, moments: dict[str, Any], title: str) -> None:
         """The measures at each moment by generation, whole and by kind; at the last moment also by teacher forcing."""
@@ -138,6 +146,36 @@ class Console:
                 table.add_row(f"  {kind}", *map(_percent, values), style="dim")
         self._console.print(table)
 
+    def edits(self, records: Iterable[EditRecord]) -> None:
+        """A line for each edit."""
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("number", justify="right")
+        for column in ("prompt", "target"):
+            table.add_column(column, overflow="fold")
+        for column in ("steps", "loss", "at once", "at the end"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for record in records:
+            loss = f"{record.curve.losses[-1]:.3f}" if record.curve.losses else ""
+            marks = [_mark(r) if (r := _first(results)) else Text("") for results in (record.immediate, record.final)]
+            request = record.request
+            table.add_row(str(record.index), request.prompt, request.target, str(record.steps), loss, *marks)
+        self._console.print(table)
+
+    def edit(self, record: EditRecord) -> None:
+        """All of one edit."""
+        request, curve = record.request, record.curve
+        self._console.print(Text(f"{record.index}: {request.prompt} -> {request.target}", style="bold"))
+        end = "diverged" if curve.diverged else "converged" if curve.converged else "out of steps"
+        self.say(f"{end} after {curve.steps} steps: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
+        table = Table(box=box.SIMPLE_HEAD)
+        for column in ("measure", "prompt", "before", "at once", "", "at the end", ""):
+            table.add_column(column, overflow="fold")
+        for at_once, last in zip_longest(record.immediate, record.final):
+            asked = (at_once or last).question
+            said = [cell for r in (at_once, last) for cell in ((_line(r.text), _mark(r)) if r else ("", Text("")))]
+            table.add_row(asked.kind.replace("_", " "), asked.prompt, _line((at_once or last).before), *said)
+        self._console.print(table)
+
     def continuations(self, rows: Sequence[dict[str, str]]) -> None:
         for row in rows:
             self._console.print(Text(row["prompt"], style="bold"))
@@ -151,6 +189,11 @@ def _percent(value: float | None) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _first(results: Sequence[ProbeResult]) -> ProbeResult | None:
+    """What the model said to the prompt itself."""
+    return next((result for result in results if result.question.measure == "reliability"), None)
 
 
 def _mark(result: ProbeResult) -> Text:

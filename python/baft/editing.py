@@ -16,7 +16,7 @@ from baft.engine.encoding import Encoder
 from baft.engine.schedule import Curve, OnStep
 from baft.requests import EditRequest
 
-__all__ = ["EditOutcome", "Editor", "Mode", "SideBySide"]
+__all__ = ["EditOutcome", "Editor", "Gated", "Mode", "SideBySide"]
 
 Mode = Literal["single", "batch", "sequential"]
 
@@ -112,3 +112,11 @@ class SideBySide(Protocol):
 
     def bank(self, states: Sequence[Mapping[str, Tensor]]) -> Any:
         """Those states, for ``generate`` and ``force`` as ``adapters``."""
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """An editor whose bases have gates."""
+
+    def gate_usage(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
+        """By block the share that each basis has in all that the gates let through on ``requests``, [r]."""

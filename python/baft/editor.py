@@ -184,6 +184,18 @@ class BaftEditor:
             for one in finished:
                 yield EditOutcome(one.request, requests[one.request], one.curve, one.state)
 
+    def gate_usage(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
+        """By block the share of each basis in what the gates let through on prompts and targets of ``requests``.
+
+        Returns:
+            Shares [r] that sum to 1; nothing where there are no gates.
+        """
+        if self.config.gate_fn == "none" or not requests:
+            return {}
+        with frozen_for_editing(self.model):
+            usage = self._begin().step.usage_of([self._encode(request) for request in requests])
+        return {layer: weights / weights.sum() for layer, weights in usage.items()}
+
     def engine_report(self) -> dict[str, Any]:
         """How the engine worked so far: how texts were laid out, and whether steps were replayed as graphs."""
         return self._trainer.report() if self._trainer else {}

@@ -13,12 +13,12 @@ training). So a locality probe never asks about a person whose facts were shown 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from baft.requests import EditRequest, Probe
 
-__all__ = ["FactWorld", "Person", "Relation"]
+__all__ = ["WORLDS", "FactWorld", "Person", "Relation"]
 
 _ONSETS = "b br c d dr f g gr h j k kr l m n p pr r s st t tr v w z".split()
 _VOWELS = "a e i o u ai ea".split()
@@ -241,6 +241,11 @@ class FactWorld:
         """Prompts about the pool's people in the wordings that edits use: what editing may look at to leave alone."""
         return [w.format(s=p.name) for p in self.pool for relation in self.relations for w in relation.wordings]
 
+    def held_out(self) -> list[str]:
+        """A sentence for each fact of the probed people: what editing never looks at, to see if it is as it was."""
+        draw = random.Random(f"factworld-held-out-{self.seed}")
+        return [sentence for person in self.probed for sentence in self.statements(person, draw)]
+
     def questions(self) -> list[Probe]:
         """Every fact of every person as a question in every wording; a model that knows the world answers all."""
         return [
@@ -249,3 +254,10 @@ class FactWorld:
             for relation in self.relations
             for wording in relation.wordings + relation.held_out
         ]
+
+
+WORLDS: dict[str, Callable[[], FactWorld]] = {
+    "factworld": FactWorld,
+    "factworld-large": lambda: FactWorld(people=1600, edited=1000),
+}
+"""Worlds by name. The large one has a thousand requests, for long runs."""

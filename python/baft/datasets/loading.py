@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from baft.datasets.errors import DatasetError, describe
-from baft.datasets.factworld import FactWorld
+from baft.datasets.factworld import WORLDS
 from baft.datasets.fields import Fields
 from baft.datasets.files import read_records
 from baft.datasets.formats import Format, recognise
@@ -19,7 +19,8 @@ from baft.requests import EditRequest
 __all__ = ["NAMED_DATASETS", "load_dataset"]
 
 NAMED_DATASETS: dict[str, Callable[[int | None], list[EditRequest]]] = {
-    "factworld": lambda limit: FactWorld().requests(limit),
+    name: lambda limit, make=make: make().requests(limit)  # type: ignore[misc]  # a default binds the loop's variable
+    for name, make in WORLDS.items()
 }
 """Data sets that need no file, by name; each is called with ``limit``."""
 

@@ -149,8 +149,9 @@ class EditsAbreast:
         slot.curve.seconds = time.perf_counter() - slot.start
         self._slots[number] = None
         state = {**self._origin, **self._step.sets.state(number), "generator": slot.generator.get_state()}
-        for layer, usage in self._step.usage_of([self._requests[slot.request]], number).items():
-            state[f"usage.{layer}"] = state[f"usage.{layer}"] + usage
+        if self._trainer.config.balance_weight > 0:
+            for layer, usage in self._step.usage_of([self._requests[slot.request]], number).items():
+                state[f"usage.{layer}"] = state[f"usage.{layer}"] + usage
         return Finished(slot.request, slot.curve, state)
 
     # -- how many --------------------------------------------------------------------------------------------------

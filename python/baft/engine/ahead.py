@@ -19,7 +19,11 @@ from baft.engine.trainer import Trainer
 from baft.engine.transfer import Reading
 from baft_kernels.stiefel import NEAR
 
-__all__ = ["Planned", "take_steps"]
+__all__ = ["DivergedError", "Planned", "take_steps"]
+
+
+class DivergedError(RuntimeError):
+    """A loss is no finite number any more."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def take_steps(
         ended: told the losses of each step's edits in order; says whether the edit has ended, as ``Ending`` has.
 
     Raises:
-        RuntimeError: if a step's loss is no finite number any more; that step changed nothing.
+        DivergedError: if a step's loss is no finite number any more; that step changed nothing.
         ValueError: if a basis has become one that can't be retracted.
     """
     step = trainer.step
@@ -119,7 +123,7 @@ def take_steps(
         if over and begun:
             trainer.generator.set_state(begun[0].generator)
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise DivergedError(
                 f"the edit loss became {loss} after {known} steps; expected a finite one: lower learning_rate"
             )
         if over:

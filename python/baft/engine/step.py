@@ -237,15 +237,15 @@ class TrainingStep:
         return torch.stack(terms).mean(0)
 
     def count_usage(self, edits: Sequence[Encoded]) -> None:
-        """Add the gate weights on the tokens of finished edits to the usage that load balancing looks at."""
+        """Add the gate weights on the tokens of finished edits to the usage that load balancing, if any, looks at."""
+        if self.config.balance_weight == 0:
+            return
         for layer, usage in self.usage_of(edits).items():
             self.usage[layer] += usage
 
     @torch.no_grad()
     def usage_of(self, edits: Sequence[Encoded], set: int = 0) -> dict[int, Tensor]:
-        """By layer the sum of w over the tokens of ``edits``, under a parameter set, [r]; nothing if nobody asks."""
-        if self.config.balance_weight <= 0:
-            return {}
+        """By layer the sum of w over the tokens of ``edits``, under a parameter set, [r]."""
         texts = self.passes.arrange(edits, [], [set] * len(edits), predictions=False)
         with self.passes.run(texts, grouped=self.sets.grouped, records=True) as passed:
             return {

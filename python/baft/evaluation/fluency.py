@@ -7,11 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-
-from baft import objective
 from baft.editing import Editor
-from baft.engine.encoding import IGNORED
+from baft.evaluation.likelihood import negative_log_likelihoods
 from baft.requests import EditRequest
 
 __all__ = ["fluency", "ngram_entropy"]
@@ -45,19 +42,9 @@ def fluency(
     known = [subject if subject in prompt else "" for prompt, subject in subjects.items()]
     texts = editor.generate(prompts, subjects=known, max_new_tokens=max_new_tokens, batch_size=batch_size)
     with editor.disabled():
-        nll = _mean_nll(editor, [(p, t) for p, t in zip(prompts, texts, strict=True) if t.strip()], batch_size)
+        written = [(p, t) for p, t in zip(prompts, texts, strict=True) if t.strip()]
+        rows = [editor.encoder.pair(prompt, text, append_eos=False) for prompt, text in written]
+        nlls = [nll / tokens for nll, tokens in negative_log_likelihoods(editor, rows, batch_size)]
+    nll = fmean(nlls) if nlls else math.nan
     entropy = fmean(ngram_entropy(prompt + text) for prompt, text in zip(prompts, texts, strict=True))
     return {"ngram_entropy": entropy, "perplexity": math.exp(nll)}
-
-
-@torch.no_grad()
-def _mean_nll(editor: Editor, pairs: Sequence[tuple[str, str]], batch_size: int) -> float:
-    rows = [editor.encoder.pair(prompt, text, append_eos=False) for prompt, text in pairs]
-    nlls: list[float] = []
-    for first in range(0, len(rows), batch_size):
-        batch = editor.encoder.batch(rows[first : first + batch_size], editor.model.device)
-        logits = editor.model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        wanted = batch.labels[:, 1:]
-        nll = objective.answer_nll(logits[:, :-1].flatten(0, 1), wanted.flatten()).view(wanted.shape)
-        nlls += (nll.sum(-1) / (wanted != IGNORED).sum(-1)).tolist()
-    return fmean(nlls) if nlls else math.nan

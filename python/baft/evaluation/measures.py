@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from baft.editing import Editor, SideBySide
 from baft.engine.generation import OnBatch
+from baft.evaluation.base_answers import BaseAnswers, Forced, RememberedAnswers
 from baft.evaluation.matching import answer_part, matches, normalise
 from baft.evaluation.probes import MEASURES, ProbeResult, Question, questions
 from baft.requests import EditRequest
@@ -23,14 +23,6 @@ Metrics = dict[str, Any]
 """``{"reliability": {"generation": 0.99, "token": 1.0, "sequence": 1.0}, ...}``; a measure without data is None."""
 
 FAMILIES = ("generation", "token", "sequence")
-
-
-@dataclass(frozen=True)
-class Forced:
-    """Teacher forcing of one answer: the model's arg max at each of its tokens, and the tokens."""
-
-    predicted: tuple[int, ...]
-    wanted: tuple[int, ...]
 
 
 class Evaluator:
@@ -48,14 +40,21 @@ class Evaluator:
         editor: whose model is measured.
         max_new_tokens: length of the generated answers.
         batch_size: sequences at once.
+        base: where the unedited model's answers are kept; by default in memory.
     """
 
-    def __init__(self, editor: Editor, *, max_new_tokens: int = 16, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        *,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+        base: BaseAnswers | None = None,
+    ) -> None:
         self.editor = editor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self._base_texts: dict[str, str] = {}
-        self._base_forced: dict[tuple[str, str], Forced] = {}
+        self.base = base or RememberedAnswers()
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -80,12 +79,13 @@ class Evaluator:
     def record_base(self, requests: Iterable[EditRequest], on_batch: OnBatch | None = None) -> None:
         """Record the unedited model's answers to every question about ``requests``."""
         asked = [question for request in requests for question in questions(request)]
-        with self.editor.disabled():
-            new = list(dict.fromkeys(q.prompt for q in asked if q.prompt not in self._base_texts))
-            self._base_texts.update(zip(new, self._generate(new, on_batch), strict=True))
-            pairs = [(q.prompt, q.answers[0]) for q in asked if q.measure == "locality" and q.answers]
-            pairs = [pair for pair in dict.fromkeys(pairs) if pair not in self._base_forced]
-            self._base_forced.update(zip(pairs, self._force(pairs), strict=True))
+        new = [prompt for prompt in dict.fromkeys(q.prompt for q in asked) if self.base.text(prompt) is None]
+        pairs = dict.fromkeys((q.prompt, q.answers[0]) for q in asked if q.measure == "locality" and q.answers)
+        unforced = [pair for pair in pairs if self.base.forced(*pair) is None]
+        if new or unforced:
+            with self.editor.disabled():
+                texts, forced = self._generate(new, on_batch), self._force(unforced)
+            self.base.add_base(dict(zip(new, texts, strict=True)), dict(zip(unforced, forced, strict=True)))
 
     def measure(
         self,
@@ -135,10 +135,12 @@ class Evaluator:
         return results
 
     def _judge(self, question: Question, text: str, forced: Forced | None) -> ProbeResult:
-        before = self._base_texts[question.prompt]
+        before = self.base.text(question.prompt)
+        assert before is not None, "recorded before any question is put to the edited model"
         if question.measure == "locality":
             right = normalise(answer_part(text)) == normalise(answer_part(before))
-            wanted = self._base_forced[question.prompt, question.answers[0]].predicted if question.answers else ()
+            base = self.base.forced(question.prompt, question.answers[0]) if question.answers else None
+            wanted = base.predicted if base else ()
         else:
             right = matches(text, question.answers)
             wanted = forced.wanted if forced else ()

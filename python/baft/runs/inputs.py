@@ -16,47 +16,54 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from baft.config import BaftConfig
 from baft.datasets import load_dataset
-from baft.datasets.factworld import FactWorld
+from baft.datasets.factworld import WORLDS
 from baft.evaluation.probes import questions
 from baft.requests import EditRequest
 from baft.testbed.folder import factworld_folder, without_progress_bars
 from baft.testbed.training import OnProgress
 
-__all__ = ["FACTWORLD", "Assignment", "load_assignment", "load_config", "load_model"]
-
-FACTWORLD = "factworld"
+__all__ = ["Assignment", "load_assignment", "load_config", "load_held_out", "load_model"]
 
 # More unrelated texts than this bring nothing: training sees some ten thousand at most.
 _POOL = 2048
+# Texts that general ability is measured on, at most.
+_HELD_OUT = 200
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is to be edited: the requests, and the texts that shall stay as they are (None: the model writes them)."""
+    """What is to be edited, and texts that shall stay as they are.
+
+    Attributes:
+        requests: to be edited, in this order.
+        unrelated: what training looks at, to leave alone; None lets the model write it.
+        held_out: what no training looks at, for general ability.
+    """
 
     requests: list[EditRequest]
     unrelated: list[str] | None
+    held_out: list[str]
 
 
 def load_model(name: str, *, on_training: OnProgress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a folder, a Hugging Face name, or ``factworld``, whose model is trained at its first use.
+        name: a folder, a Hugging Face name, or a FactWorld's, whose model is trained at its first use.
 
     Raises:
         ValueError: if it can't be loaded.
     """
-    source = str(factworld_folder(FactWorld(), on_progress=on_training)) if name == FACTWORLD else name
+    source = str(factworld_folder(WORLDS[name](), on_progress=on_training)) if name in WORLDS else name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        with without_progress_bars() if name == FACTWORLD else nullcontext():
+        with without_progress_bars() if name in WORLDS else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model: expected a folder, a Hugging Face name or {FACTWORLD}, got {name!r} ({reason})"
+            f"model: expected a folder, a Hugging Face name or {' or '.join(WORLDS)}, got {name!r} ({reason})"
         ) from error
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' decorator hides to's signature
 
@@ -65,8 +72,8 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     """Choose ``edits`` requests of a data set, and unrelated texts from what is left.
 
     The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
-    records that aren't edited, less every prompt that an edited record is measured with; FactWorld has people set
-    apart for it.
+    records that aren't edited, less every prompt that an edited record is measured with. Held-out texts are what other
+    such records say, prompt and old answer. A FactWorld has people set apart for each.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
@@ -78,17 +85,37 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     draw = random.Random(seed)
     draw.shuffle(requests)
     chosen, rest = requests[:edits], requests[edits:]
-    if dataset == FACTWORLD:
-        pool = list(FactWorld().unrelated())
+    if dataset in WORLDS:
+        world = WORLDS[dataset]()
+        pool, held_out = list(world.unrelated()), world.held_out()
     else:
         measured = {question.prompt for request in chosen for question in questions(request)}
-        pool = [prompt for request in rest for prompt in _prompts(request) if prompt not in measured]
+        # The last ones, which the pool is least likely to reach.
+        apart = [r for r in rest if r.ground_truth and r.prompt not in measured][-_HELD_OUT:]
+        held_out = [f"{request.prompt} {request.ground_truth[0]}." for request in apart]
+        unseen = {request.prompt for request in apart}
+        pool = [p for request in rest if request.prompt not in unseen for p in _prompts(request) if p not in measured]
     draw.shuffle(pool)
-    return Assignment(chosen, pool[:_POOL] or None)
+    return Assignment(chosen, pool[:_POOL] or None, held_out[:_HELD_OUT])
 
 
 def _prompts(request: EditRequest) -> Sequence[str]:
     return (request.prompt, *(probe.prompt for probes in request.locality.values() for probe in probes))
+
+
+def load_held_out(path: Path) -> list[str]:
+    """The lines of a text file that aren't blank.
+
+    Raises:
+        ValueError: if there are none, or the file can't be read.
+    """
+    try:
+        texts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"held-out: expected a text file, got {path} ({error})") from error
+    if not texts:
+        raise ValueError(f"held-out: expected a text a line, got {path}, in which there are none")
+    return texts
 
 
 def load_config(path: Path | None, **overrides: Any) -> BaftConfig:

@@ -1,0 +1,101 @@
+"""``baft edits``: what a run has edited, and how to take it back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from baft.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look at a run's edits, or take them back.")
+
+Folder = Annotated[Path, typer.Argument(help="A sequential run's folder.", metavar="DIR")]
+Number = Annotated[int, typer.Argument(help="An edit's number, as `baft edits list` shows it.", metavar="NUMBER")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it, instead of saying what it takes.")]
+
+
+@app.command("list")
+def list_edits(
+    folder: Folder,
+    first: Annotated[int, typer.Option(help="Number of the first one.", min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Each edit: number, prompt, target, and whether it held at once and at the end. Works while the run goes on."""
+    records = _journal(folder).records(first, limit)
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(record.as_json(), ensure_ascii=False))
+    else:
+        Console().edits(records)
+
+
+@app.command()
+def show(folder: Folder, number: Number, as_json: Json = False) -> None:
+    """All that is known of one edit: how it trained, and every text."""
+    record = next(_journal(folder).records(number, 1), None)
+    if record is None or record.index != number:
+        raise ValueError(f"{folder}: expected the number of a request that was edited, got {number}")
+    if as_json:
+        typer.echo(json.dumps(record.as_json(), ensure_ascii=False))
+    else:
+        Console().edit(record)
+
+
+@app.command()
+def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
+    """Go back to the state before an edit, exactly: that one and all after it are as if never made."""
+    from baft.runs.undo import cost_of_rollback, roll_back
+
+    _take_back(folder, number, yes, cost_of_rollback, roll_back)
+
+
+@app.command()
+def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
+    """Leave one edit out, as if it had never been asked for: all after it are made again."""
+    from baft.runs.undo import cost_of_drop
+    from baft.runs.undo import drop as drop_edit
+
+    _take_back(folder, number, yes, cost_of_drop, drop_edit)
+
+
+def _journal(folder: Path) -> Any:
+    from baft.runs.journal import Journal
+
+    path = folder / "journal.sqlite"
+    if not path.exists():
+        raise ValueError(f"{folder}: expected a run's folder, found no {path.name} in it")
+    return Journal(path, read_only=True)
+
+
+def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> None:
+    from baft.runs.folder import RunFolder
+    from baft.runs.run import open_context
+    from baft.runs.start import RunWords, start
+
+    with RunFolder(folder) as place:
+        words = RunWords(**place.started_with())
+        if words.mode != "sequential":
+            raise ValueError(
+                f"{folder}: expected a sequential run, got a {words.mode} one, whose edits don't follow each other"
+            )
+        cost = cost_of(place.journal, place.checkpoints(), number)
+        console = Console()
+        console.say(
+            f"{cost.edits} edits are to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s"
+        )
+        if not yes:
+            console.say("Nothing was changed; --yes does it.")
+            return
+        with console.progress() as watcher:
+            started = start(words, place, on_training=watcher.training)
+            context = open_context(started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher)
+            do(context, place, number)
+        left = len(place.journal.positions())
+        console.say(f"{left} edits are in {place.adapter}; `baft run --resume --out {folder}` goes on from there.")

@@ -1,0 +1,163 @@
+"""An editor's state on disk, now and then: where a run goes on, and how it gets back to an earlier request.
+
+    checkpoints/000000120/checkpoint.json      how many edits it holds, and what its other file must be like
+    checkpoints/000000120/state.safetensors    ``editor.state()``
+
+A checkpoint appears whole or not at all. Between two of them nothing is lost: editing again from the earlier one gives
+the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+__all__ = ["Checkpoint", "Checkpoints", "kept"]
+
+STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
+FORMAT = 1
+
+# Writing one takes at most a fiftieth of the run: half of what bookkeeping may take, the journal being the other half.
+_WORK_PER_WRITE = 50
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state of the editor, after so many edits."""
+
+    edits: int
+    state: dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: where they are.
+        every: edits between two; None writes them as often as costs next to nothing.
+
+    Attributes:
+        damaged: what was found damaged, in words.
+    """
+
+    def __init__(self, folder: Path, every: int | None = None) -> None:
+        self.folder = folder
+        self.damaged: list[str] = []
+        self._every = every
+        self._last_edits = max(self.counts(), default=0)
+        self._last_written = time.monotonic()
+        self._cost = 0.0
+
+    def counts(self) -> list[int]:
+        """After how many edits there is one, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def due(self, edits: int) -> bool:
+        """Whether it is time to write one, after so many edits."""
+        if self._every is not None:
+            return edits - self._last_edits >= self._every
+        return time.monotonic() - self._last_written >= _WORK_PER_WRITE * self._cost
+
+    def write(self, edits: int, state: Mapping[str, Tensor]) -> None:
+        """Write one, and remove those that are too many.
+
+        Raises:
+            OSError: if it can't be written; those that are there stay.
+        """
+        began = time.monotonic()
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        description = {"format": FORMAT, "edits": edits, "sha256": hashlib.sha256(content).hexdigest()}
+        self.folder.mkdir(exist_ok=True)
+        beside = self.folder / f".{edits}.{os.getpid()}"
+        try:
+            beside.mkdir()
+            _write_through(beside / STATE, content)
+            _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
+            place = self._place(edits)
+            shutil.rmtree(place, ignore_errors=True)
+            beside.rename(place)
+            _sync_folder(self.folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        counts = self.counts()
+        for count in set(counts) - kept(counts):
+            shutil.rmtree(self._place(count))
+        self._last_edits = edits
+        self._last_written = time.monotonic()
+        self._cost = self._last_written - began
+
+    def newest(self, at_most: int) -> Checkpoint | None:
+        """The newest whole one of no more than ``at_most`` edits; damaged ones are passed over, and named in
+        ``damaged``."""
+        for edits in reversed([count for count in self.counts() if count <= at_most]):
+            try:
+                return Checkpoint(edits, self._read(edits))
+            except ValueError as error:
+                self.damaged.append(str(error))
+        return None
+
+    def cut(self, edits: int) -> None:
+        """Remove those of more than ``edits`` edits, and what a killed process left half written."""
+        for count in self.counts():
+            if count > edits:
+                shutil.rmtree(self._place(count))
+        if self.folder.is_dir():
+            for path in self.folder.glob(".*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._last_edits = min(self._last_edits, edits)
+
+    def _place(self, edits: int) -> Path:
+        return self.folder / f"{edits:09d}"
+
+    def _read(self, edits: int) -> dict[str, Tensor]:
+        place = self._place(edits)
+        try:
+            description = json.loads((place / DESCRIPTION).read_text())
+            content = (place / STATE).read_bytes()
+            wanted = {"format": FORMAT, "edits": edits, "sha256": hashlib.sha256(content).hexdigest()}
+            if description != wanted:
+                raise ValueError(f"expected {description}, got {wanted}")
+            return load(content)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"checkpoint {place} is damaged: {error}") from error
+
+
+def kept(counts: list[int]) -> set[int]:
+    """Which checkpoints to keep of those after ``counts`` edits, in order.
+
+    The newest two, and of those before, the oldest and the newest of each age: 1, 2 or 3, 4 to 7, ... edits. So their
+    number grows with the logarithm of the run, and going back costs at most about as much as was edited since.
+    """
+    newest = counts[-1]
+    by_age: dict[int, list[int]] = {}
+    for count in counts:
+        by_age.setdefault((newest - count).bit_length(), []).append(count)
+    return {*counts[-2:], *(ages[0] for ages in by_age.values()), *(ages[-1] for ages in by_age.values())}
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure of the names in a folder too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,37 @@
+"""Requests of one run that ask for the same thing twice, or for two things at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from baft.evaluation.matching import normalise
+from baft.requests import EditRequest
+
+__all__ = ["conflicts", "superseded"]
+
+
+def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+    """Prompts that several requests share: ``positions``, ``targets``, and ``kind``.
+
+    ``duplicate`` requests want the same; of ``contradiction`` the later one wins.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        by_prompt.setdefault(" ".join(request.prompt.split()), []).append(position)
+    found = []
+    for prompt, positions in by_prompt.items():
+        if len(positions) > 1:
+            targets = [requests[position].target for position in positions]
+            kind = "duplicate" if len(set(map(normalise, targets))) == 1 else "contradiction"
+            found.append({"kind": kind, "prompt": prompt, "positions": positions, "targets": targets})
+    return found
+
+
+def superseded(found: Sequence[dict[str, Any]]) -> set[int]:
+    """Positions of requests that a later one contradicts: they can't hold at the end."""
+    positions = set()
+    for conflict in found:
+        wanted = list(map(normalise, conflict["targets"]))
+        positions |= {p for p, target in zip(conflict["positions"], wanted, strict=True) if target != wanted[-1]}
+    return positions

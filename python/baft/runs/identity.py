@@ -1,0 +1,105 @@
+"""What a run is: if any of it differs, going on would be another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from baft.requests import EditRequest
+from baft.runs.environment import versions
+
+__all__ = ["differences", "identify"]
+
+# Weights are summed in pieces, so that a model of any size needs little memory beside its own.
+_PIECE = 1 << 24
+
+
+def identify(
+    *,
+    method: str,
+    mode: str,
+    config: Mapping[str, Any],
+    model: nn.Module,
+    requests: Sequence[EditRequest],
+    unrelated: Sequence[str] | None,
+    backend: str,
+) -> dict[str, Any]:
+    """All that a run's result depends on, in a form for JSON; what is large stands there as a hash."""
+    return {
+        "method": method,
+        "mode": mode,
+        "config": dict(config),
+        "backend": backend,
+        "requests": {"number": len(requests), "sha256": _hash_of(r.model_dump_json() for r in requests)},
+        "unrelated texts": None if unrelated is None else {"number": len(unrelated), "sha256": _hash_of(unrelated)},
+        "model": {"class": type(model).__name__, "sha256": hash_of_model(model)},
+        "code": hash_of_code(),
+        "versions": versions(),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Where two identities differ, each in words."""
+    found = []
+    for name in dict.fromkeys((*before, *now)):
+        path = f"{inside}{name}"
+        then, today = before.get(name), now.get(name)
+        if isinstance(then, Mapping) and isinstance(today, Mapping):
+            found += differences(then, today, f"{path}.")
+        elif then != today:
+            found.append(f"{path} was {json.dumps(then)} and is {json.dumps(today)}")
+    return found
+
+
+def _hash_of(texts: Iterable[str]) -> str:
+    hashed = hashlib.sha256()
+    for text in texts:
+        hashed.update(json.dumps(text).encode())
+    return hashed.hexdigest()
+
+
+@torch.no_grad()
+def hash_of_model(model: nn.Module) -> str:
+    """A hash of a model's weights: of each the name, dtype, shape, and two sums of its bytes, one by place.
+
+    Sums rather than a hash of all bytes, because the device that holds the weights can make them: a second for billions
+    of them. It tells models apart that differ by accident, and not by intent.
+    """
+    hashed = hashlib.sha256()
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if weight.device.type != "meta":
+            hashed.update(str(_sums(weight.detach().contiguous())).encode())
+    return hashed.hexdigest()
+
+
+def _sums(weight: torch.Tensor) -> list[int]:
+    flat = weight.flatten().view(torch.uint8) if weight.ndim else weight.view(1).view(torch.uint8)
+    total = torch.zeros(2, dtype=torch.int64, device=weight.device)
+    for number, piece in enumerate(flat.split(_PIECE)):
+        values = piece.to(torch.int64)
+        places = torch.arange(1, len(values) + 1, device=weight.device)  # the product's overflow is as good as any bits
+        total += torch.stack((values.sum(), (values * (places + number)).sum()))
+    return total.tolist()
+
+
+@cache
+def hash_of_code() -> str:
+    """A hash of both packages as they are installed: sources and compiled kernels."""
+    hashed = hashlib.sha256()
+    for package in ("baft", "baft_kernels"):
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".so")):
+            hashed.update(path.relative_to(folder).as_posix().encode())
+            hashed.update(path.read_bytes())
+    return hashed.hexdigest()

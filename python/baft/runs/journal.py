@@ -1,0 +1,282 @@
+"""A run's memory on disk: every request, how it trained, what was said, in one SQLite file.
+
+SQLite rather than lines of JSON: a transaction is on the disk whole or not at all, whenever the process is killed or
+the disk is full; the final measures of an edit are written long after its line would have been; and the hundred
+thousandth edit is found without reading those before it. The file is written by one process, in rollback mode, which
+unlike write-ahead logging works on network file systems too.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from baft.evaluation.base_answers import Forced
+from baft.evaluation.probes import ProbeResult
+from baft.requests import EditRequest
+from baft.runs.records import EditRecord, curve_as_json, curve_from_json, results_as_json, results_from_json
+
+__all__ = ["Journal", "Moment"]
+
+Moment = Literal["immediate", "final"]
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS edits (
+    position INTEGER PRIMARY KEY, request TEXT NOT NULL, training TEXT NOT NULL, seconds REAL NOT NULL, steps INTEGER
+);
+CREATE TABLE IF NOT EXISTS measures (
+    position INTEGER NOT NULL, moment TEXT NOT NULL, results TEXT NOT NULL, PRIMARY KEY (position, moment)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS base_texts (prompt TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS base_forced (
+    prompt TEXT NOT NULL, answer TEXT NOT NULL, forced TEXT NOT NULL, PRIMARY KEY (prompt, answer)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retention (edits INTEGER PRIMARY KEY, point TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS sessions (
+    id INTEGER PRIMARY KEY, began REAL NOT NULL, last REAL NOT NULL, resumed_at INTEGER NOT NULL,
+    bookkeeping REAL NOT NULL DEFAULT 0, notes TEXT NOT NULL DEFAULT '[]'
+);
+"""
+
+
+class Journal:
+    """The journal of one run.
+
+    Args:
+        path: its file, made if need be; None keeps it in memory, for runs that write nothing.
+        read_only: only look, which may be done while another process writes.
+
+    Raises:
+        ValueError: if the file is no journal, or a damaged one.
+    """
+
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+        self.path = path
+        self._bookkeeping = 0.0
+        name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+        try:
+            self._connection = sqlite3.connect(name, timeout=30, isolation_level=None, uri=True)
+            if read_only:
+                self._connection.execute("SELECT count(*) FROM edits")
+                return
+            self._connection.execute("PRAGMA journal_mode=TRUNCATE")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is written in it is on the disk when it ends, or nothing of it is.
+
+        Raises:
+            OSError: if it can't be written, because the disk is full for instance.
+        """
+        began = time.perf_counter()
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+            self._connection.execute(
+                "UPDATE sessions SET last = ?, bookkeeping = ? WHERE id = (SELECT max(id) FROM sessions)",
+                (time.time(), self._bookkeeping),
+            )
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise OSError(f"{self.path}: {error}; what was written before is kept") from error
+            raise
+        finally:
+            self.charge(time.perf_counter() - began)
+
+    def charge(self, seconds: float) -> None:
+        """Count time that this session spent on writing things down; that of the journal itself is counted already."""
+        self._bookkeeping += seconds
+
+    def _rows(self, statement: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        with closing(self._connection.cursor()) as cursor:
+            yield from cursor.execute(statement, values)
+
+    def _one(self, statement: str, *values: object) -> Any:
+        row = next(self._rows(statement, *values), None)
+        return None if row is None else row[0]
+
+    # -- edits -----------------------------------------------------------------------------------------------------
+
+    def add(self, *records: EditRecord) -> None:
+        """Write down edits with their immediate measures: all of them, or after an error none."""
+        with self._transaction() as connection:
+            for record in records:
+                row = (
+                    record.index,
+                    record.request.model_dump_json(),
+                    json.dumps(curve_as_json(record.curve)),
+                    record.seconds,
+                    record.steps,
+                )
+                connection.execute("INSERT INTO edits VALUES (?, ?, ?, ?, ?)", row)
+                if record.immediate:
+                    _write_measures(connection, record.index, "immediate", record.immediate)
+
+    def add_measures(self, moment: Moment, measured: Mapping[int, Sequence[ProbeResult]]) -> None:
+        """Write down what was asked of edits, by position."""
+        with self._transaction() as connection:
+            for position, results in measured.items():
+                _write_measures(connection, position, moment, results)
+
+    def records(self, first: int = 0, limit: int | None = None, *, measures: bool = True) -> Iterator[EditRecord]:
+        """Edits from a position on, in order; at most ``limit`` of them.
+
+        Args:
+            measures: with what was asked of them.
+        """
+        rows = self._rows(
+            "SELECT position, request, training, seconds, steps FROM edits WHERE position >= ? "
+            "ORDER BY position LIMIT ?",
+            first,
+            -1 if limit is None else limit,
+        )
+        for position, request, training, seconds, steps in rows:
+            record = EditRecord(
+                position,
+                EditRequest.model_validate_json(request),
+                curve_from_json(json.loads(training)),
+                seconds,
+                steps,
+            )
+            if measures:
+                record.immediate = self.measures(position, "immediate")
+                record.final = self.measures(position, "final")
+            yield record
+
+    def measures(self, position: int, moment: Moment) -> list[ProbeResult]:
+        found = self._one("SELECT results FROM measures WHERE position = ? AND moment = ?", position, moment)
+        return results_from_json(json.loads(found)) if found else []
+
+    def measured(self, moment: Moment) -> Iterator[list[ProbeResult]]:
+        """What was asked of every edit at a moment, in order."""
+        for (results,) in self._rows("SELECT results FROM measures WHERE moment = ? ORDER BY position", moment):
+            yield results_from_json(json.loads(results))
+
+    def unmeasured(self, moment: Moment) -> list[int]:
+        """Positions of the edits that weren't asked at a moment."""
+        rows = self._rows(
+            "SELECT position FROM edits WHERE position NOT IN (SELECT position FROM measures WHERE moment = ?) "
+            "ORDER BY position",
+            moment,
+        )
+        return [position for (position,) in rows]
+
+    def positions(self) -> list[int]:
+        """Positions of the requests that are done, in order."""
+        return [position for (position,) in self._rows("SELECT position FROM edits ORDER BY position")]
+
+    def diverged(self) -> set[int]:
+        """Positions of those that were given up, and aren't edited in."""
+        rows = self._rows("SELECT position FROM edits WHERE json_extract(training, '$.diverged')")
+        return {position for (position,) in rows}
+
+    def dropped(self) -> set[int]:
+        """Positions of the requests that are left out."""
+        return {position for (position,) in self._rows("SELECT position FROM dropped")}
+
+    def totals(self) -> dict[str, Any]:
+        """Over all edits: their number, seconds, steps, how many converged and how many diverged."""
+        names = ("edits", "seconds", "steps", "converged", "diverged")
+        row = next(
+            self._rows(
+                "SELECT count(*), coalesce(sum(seconds), 0.0), coalesce(sum(steps), 0), "
+                "coalesce(sum(json_extract(training, '$.converged')), 0), "
+                "coalesce(sum(json_extract(training, '$.diverged')), 0) FROM edits"
+            )
+        )
+        return dict(zip(names, row, strict=True))
+
+    def cut(self, position: int, *, drop: bool = False) -> None:
+        """Forget the edits from ``position`` on, and all measures that they were part of.
+
+        Args:
+            drop: leave the request at ``position`` out of the run from now on.
+        """
+        with self._transaction() as connection:
+            if drop:
+                connection.execute("INSERT OR IGNORE INTO dropped VALUES (?)", (position,))
+            left = connection.execute("SELECT count(*) FROM edits WHERE position < ?", (position,)).fetchone()[0]
+            connection.execute("DELETE FROM edits WHERE position >= ?", (position,))
+            connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))
+            connection.execute("DELETE FROM retention WHERE edits > ?", (left,))
+
+    # -- retention -------------------------------------------------------------------------------------------------
+
+    def add_retention(self, point: Mapping[str, Any]) -> None:
+        with self._transaction() as connection:
+            row = (point["edits"], json.dumps(point))
+            connection.execute("INSERT OR REPLACE INTO retention VALUES (?, ?)", row)
+
+    def retention(self) -> list[dict[str, Any]]:
+        return [json.loads(point) for (point,) in self._rows("SELECT point FROM retention ORDER BY edits")]
+
+    # -- the unedited model's answers, as ``BaseAnswers`` --------------------------------------------------------------
+
+    def text(self, prompt: str) -> str | None:
+        found: str | None = self._one("SELECT text FROM base_texts WHERE prompt = ?", prompt)
+        return found
+
+    def forced(self, prompt: str, answer: str) -> Forced | None:
+        found = self._one("SELECT forced FROM base_forced WHERE prompt = ? AND answer = ?", prompt, answer)
+        return None if found is None else Forced(*map(tuple, json.loads(found)))
+
+    def add_base(self, texts: Mapping[str, str], forced: Mapping[tuple[str, str], Forced]) -> None:
+        rows = [(*pair, json.dumps([answer.predicted, answer.wanted])) for pair, answer in forced.items()]
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO base_texts VALUES (?, ?)", texts.items())
+            connection.executemany("INSERT OR REPLACE INTO base_forced VALUES (?, ?, ?)", rows)
+
+    # -- sessions --------------------------------------------------------------------------------------------------
+
+    def begin_session(self, resumed_at: int) -> None:
+        """A process begins, or goes on, with so many edits made."""
+        with self._transaction() as connection:
+            now = time.time()
+            self._bookkeeping = 0.0
+            connection.execute(
+                "INSERT INTO sessions (began, last, resumed_at) VALUES (?, ?, ?)", (now, now, resumed_at)
+            )
+
+    def note(self, text: str) -> None:
+        """Keep something that was said aloud in this session."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE sessions SET notes = json_insert(notes, '$[#]', ?) WHERE id = (SELECT max(id) FROM sessions)",
+                (text,),
+            )
+
+    def sessions(self) -> list[dict[str, Any]]:
+        rows = self._rows("SELECT began, last - began, resumed_at, bookkeeping, notes FROM sessions ORDER BY id")
+        return [
+            {
+                "began": began,
+                "seconds": seconds,
+                "resumed_at": at,
+                "bookkeeping_seconds": cost,
+                "notes": json.loads(notes),
+            }
+            for began, seconds, at, cost, notes in rows
+        ]
+
+
+def _write_measures(
+    connection: sqlite3.Connection, position: int, moment: Moment, results: Sequence[ProbeResult]
+) -> None:
+    row = (position, moment, json.dumps(results_as_json(results), ensure_ascii=False))
+    connection.execute("INSERT OR REPLACE INTO measures VALUES (?, ?, ?)", row)

@@ -1,0 +1,185 @@
+"""One request after another, each on the disk before the next begins; broken off anywhere, it goes on from there.
+
+What is on the disk is the journal, up to the last edit, and the editor's state of some edits ago. Going on, the edits
+in between are made again. All that an edit depends on is in the state, so that the same bits come out; the journal's
+losses tell whether they did.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from baft.engine.ahead import DivergedError
+from baft.engine.schedule import Curve
+from baft.runs.context import RunContext, in_groups
+from baft.runs.records import EditRecord
+from baft.runs.retention import sample
+
+__all__ = ["SequentialRun"]
+
+# The unedited model answers the questions about so many requests at a time, ahead of their edits.
+_BASE_AHEAD = 64
+
+# So many requests in a row without a finite loss, and it isn't the requests.
+_DIVERGED_AT_MOST = 3
+
+
+class SequentialRun:
+    """The editing of a sequential run.
+
+    Args:
+        context: what it works with; what the journal holds was done before.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._diverged_in_a_row = 0
+        self._right = 0  # of the edits that this process made, those that were answered rightly at once
+        self._asked = 0
+
+    # -- going on --------------------------------------------------------------------------------------------------
+
+    def restore(self) -> int:
+        """Bring the editor to where the journal ends; returns how many edits that took to make again."""
+        context, journal = self._context, self._context.journal
+        done, diverged = journal.positions(), journal.diverged()
+        known = context.checkpoints.newest(len(done)) if context.checkpoints and done else None
+        for damage in context.checkpoints.damaged if context.checkpoints else ():
+            context.say(f"{damage}; going on from {known.edits if known else 'no'} edits")
+        edits = 0
+        if known:
+            edits = known.edits
+            context.editor.load_state(known.state)
+            context.editor.edits = context.at([p for p in done[:edits] if p not in diverged])
+        again = done[edits:]
+        if again:
+            context.watcher.stage("going on: the edits since the checkpoint", len(again))
+        for record in journal.records(again[0], measures=False) if again else ():
+            curve, _ = self._train(record.index)
+            if not _alike(curve.losses, record.curve.losses):
+                context.say(
+                    f"edit {record.index} came out otherwise than before, with losses {curve.losses} instead of "
+                    f"{record.curve.losses}: the earlier process had another machine, or another number of threads"
+                )
+            context.watcher.advance()
+        return len(again)
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def edit(self, up_to: int | None = None) -> None:
+        """Edit what is left.
+
+        Args:
+            up_to: how many requests shall be done in the end; by default all, with a look back at them.
+
+        Raises:
+            DivergedError: if several requests in a row had no finite loss.
+            OSError: if something can't be written; what was written before is kept.
+        """
+        context = self._context
+        order = context.order()[:up_to]
+        done = len(context.journal.positions())
+        context.watcher.stage("editing", len(order), done)
+        for number in range(done, len(order)):
+            if number == done or number % _BASE_AHEAD == 0:
+                block = number - number % _BASE_AHEAD
+                context.evaluator.record_base(context.at(order[block : block + _BASE_AHEAD]))
+            self._look_back(order, number)
+            record = self._edit(order[number])
+            context.journal.add(record)
+            self._save(number + 1)
+            self._tell(record, number + 1)
+        if up_to is None:
+            self._look_back(order, len(order), last=True)
+        self._save(len(order), last=True)
+
+    def _edit(self, position: int) -> EditRecord:
+        context, request = self._context, self._context.requests[position]
+        began = time.perf_counter()
+        curve, steps = self._train(position)
+        seconds = time.perf_counter() - began
+        immediate = context.evaluator.measure([request])[0]
+        if curve.diverged:
+            context.say(f"edit {position} had no finite loss: it is left out, and the editor as it was before it")
+        return EditRecord(position, request, curve, seconds, steps, immediate)
+
+    def _train(self, position: int) -> tuple[Curve, int]:
+        """Edit a request; one whose loss isn't finite any more leaves the editor as it was."""
+        editor = self._context.editor
+        before, held = editor.state(), len(editor.edits)
+        steps, losses = 0, []
+
+        def count(_: int, __: int, loss: float) -> None:
+            nonlocal steps
+            steps += 1
+            losses.append(loss)
+
+        try:
+            (outcome,) = editor.edit([self._context.requests[position]], "sequential", on_step=count)
+        except DivergedError:
+            self._diverged_in_a_row += 1
+            if self._diverged_in_a_row == _DIVERGED_AT_MOST:
+                raise
+            editor.load_state(before)
+            editor.edits = editor.edits[:held]
+            return Curve([*losses, math.nan], steps + 1, diverged=True), steps + 1
+        self._diverged_in_a_row = 0
+        return outcome.curve, steps
+
+    def _look_back(self, order: Sequence[int], done: int, *, last: bool = False) -> None:
+        """Measure what was edited earlier, if it is time to and it hasn't been done."""
+        context = self._context
+        if not done or not (last or context.retention.due(done)):
+            return
+        if done in (point["edits"] for point in context.journal.retention()):
+            return
+        chosen = context.at(sample(order[:done], context.retention.size))
+        point = context.retention.measure(context.editor, chosen, done, context.journal.totals()["seconds"])
+        context.journal.add_retention(point)
+        measures = {m: point[m]["generation"] for m in ("reliability", "generality", "locality") if point[m]}
+        context.watcher.say(f"after {done} edits: " + ", ".join(f"{m} {v:.3f}" for m, v in measures.items()))
+        if context.log:
+            context.log.log(done, {f"retained {measure}": value for measure, value in measures.items()})
+
+    def _save(self, edits: int, *, last: bool = False) -> None:
+        checkpoints = self._context.checkpoints
+        if checkpoints and (last or checkpoints.due(edits)) and edits not in checkpoints.counts():
+            began = time.perf_counter()
+            checkpoints.write(edits, self._context.editor.state())
+            self._context.journal.charge(time.perf_counter() - began)
+
+    def _tell(self, record: EditRecord, edits: int) -> None:
+        loss = record.curve.losses[-1] if record.curve.losses else math.nan
+        self._asked += 1
+        self._right += all(r.generation for r in record.immediate if r.question.measure == "reliability")
+        self._context.watcher.advance(f"loss {loss:.3f}, {self._right / self._asked:.0%} right at once")
+        if self._context.log:
+            figures = {"loss": loss, "steps": float(record.steps), "seconds": record.seconds}
+            for measure in ("reliability", "locality"):
+                right = [result.generation for result in record.immediate if result.question.measure == measure]
+                if right:
+                    figures[f"immediate {measure}"] = sum(right) / len(right)
+            self._context.log.log(edits, figures)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Ask about what was edited, with all edits on; what was asked already isn't asked again."""
+        context = self._context
+        done = context.journal.positions()
+        wanted = set(done if context.final is None else sample(done, context.final))
+        left = [position for position in context.journal.unmeasured("final") if position in wanted]
+        context.watcher.stage("measuring all edits at the end", len(wanted), len(wanted) - len(left))
+        for group in in_groups(left):
+            measured = context.evaluator.measure(context.at(group))
+            context.journal.add_measures("final", dict(zip(group, measured, strict=True)))
+            context.watcher.advance(units=len(group))
+
+
+def _alike(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two curves are equal, bit for bit; NaN equals NaN."""
+    return len(losses) == len(others) and all(
+        a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(losses, others, strict=True)
+    )

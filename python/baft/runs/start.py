@@ -1,0 +1,100 @@
+"""From the words that a run is started with to all that it works with; the same words make the same run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from baft.config import BaftConfig
+from baft.editing import Editor, Mode
+from baft.editor import BaftEditor
+from baft.engine.options import EngineOptions
+from baft.requests import EditRequest
+from baft.runs.folder import RunFolder
+from baft.runs.identity import identify
+from baft.runs.inputs import load_assignment, load_held_out, load_model
+from baft.runs.run import RunPlan
+from baft.testbed.training import OnProgress
+from baft_kernels.backends import resolve_backend
+
+__all__ = ["RunWords", "StartedRun", "start"]
+
+
+class RunWords(BaseModel):
+    """What a person says to start a run; ``run.json`` keeps it.
+
+    Attributes:
+        model, dataset: names or paths.
+        config: all fields of ``BaftConfig``, the defaults too, so that later defaults don't change the run.
+        edits: how many requests; None is all.
+        slots: single edits trained at a time.
+        held_out: a file of texts for general ability, one a line; None takes some of the data set.
+        measure_every, retained, final, checkpoint_every: see ``RunPlan``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    dataset: str
+    mode: Mode
+    config: BaftConfig
+    edits: int | None = None
+    slots: int | None = None
+    held_out: Path | None = None
+    measure_every: int | None = None
+    retained: int = 100
+    final: int | None = None
+    checkpoint_every: int | None = None
+
+
+@dataclass(frozen=True)
+class StartedRun:
+    """All that a run works with."""
+
+    words: RunWords
+    editor: Editor
+    requests: list[EditRequest]
+    plan: RunPlan
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What ``results.json`` says at its top."""
+        return {"model": self.words.model, "dataset": self.words.dataset, "method": self.editor.name}
+
+
+def start(words: RunWords, folder: RunFolder, *, on_training: OnProgress | None = None) -> StartedRun:
+    """Load what ``words`` name, and make ``folder`` the run's, or make sure that it is.
+
+    Raises:
+        ValueError: if something can't be loaded, or if ``folder`` is another run's.
+    """
+    assignment = load_assignment(words.dataset, words.edits, words.config.seed)
+    held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
+    model, tokenizer = load_model(words.model, on_training=on_training)
+    editor = BaftEditor(
+        model, tokenizer, words.config, unrelated=assignment.unrelated, options=EngineOptions(slots=words.slots)
+    )
+    identity = identify(
+        method=editor.name,
+        mode=words.mode,
+        config=words.config.model_dump(mode="json"),
+        model=model,
+        requests=assignment.requests,
+        unrelated=assignment.unrelated,
+        backend=resolve_backend(words.config.backend),
+    )
+    if folder.begun:
+        folder.go_on(identity)
+    else:
+        folder.begin(identity, words.model_dump(mode="json"))
+    plan = RunPlan(
+        held_out=held_out,
+        measure_every=words.measure_every,
+        retained=words.retained,
+        final=words.final,
+        checkpoint_every=words.checkpoint_every,
+    )
+    return StartedRun(words, editor, assignment.requests, plan)

@@ -1,0 +1,98 @@
+"""Takes edits back: to the state before any request, or as if one had never been made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baft.runs.checkpoints import Checkpoints
+from baft.runs.context import RunContext
+from baft.runs.folder import RunFolder
+from baft.runs.journal import Journal
+from baft.runs.sequential import SequentialRun
+
+__all__ = ["Cost", "cost_of_drop", "cost_of_rollback", "drop", "roll_back"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What taking edits back takes: so many edits are made again, which once took so many seconds.
+
+    Attributes:
+        kept: edits before the first that is taken back.
+        checkpoint: edits in the checkpoint that it starts from.
+        edits: edits to be made again.
+        seconds: what they took.
+    """
+
+    kept: int
+    checkpoint: int
+    edits: int
+    seconds: float
+
+
+def cost_of_rollback(journal: Journal, checkpoints: Checkpoints, position: int) -> Cost:
+    """What going back to before the request at ``position`` takes.
+
+    Raises:
+        ValueError: if no such request has been edited.
+    """
+    return _cost(journal, checkpoints, position, after=[])
+
+
+def cost_of_drop(journal: Journal, checkpoints: Checkpoints, position: int) -> Cost:
+    """What leaving out the request at ``position`` takes: all that came after it is edited again.
+
+    Raises:
+        ValueError: if no such request has been edited.
+    """
+    return _cost(journal, checkpoints, position, after=[p for p in journal.positions() if p > position])
+
+
+def roll_back(context: RunContext, folder: RunFolder, position: int) -> None:
+    """Go back to the state before the request at ``position``: that, and what came after it, is as if never made.
+
+    Raises:
+        ValueError: if no such request has been edited.
+    """
+    assert context.checkpoints is not None
+    cost = cost_of_rollback(context.journal, context.checkpoints, position)
+    context.checkpoints.cut(cost.kept)  # first: a checkpoint is never of more edits than the journal
+    context.journal.cut(position)
+    _make_again(context, folder, up_to=cost.kept)
+
+
+def drop(context: RunContext, folder: RunFolder, position: int) -> None:
+    """Leave the request at ``position`` out, and edit again what came after it.
+
+    Broken off, it is a run like others that ``baft run --resume`` goes on with.
+
+    Raises:
+        ValueError: if no such request has been edited.
+    """
+    assert context.checkpoints is not None
+    cost = cost_of_drop(context.journal, context.checkpoints, position)
+    done = len(context.journal.positions())
+    context.checkpoints.cut(cost.kept)
+    context.journal.cut(position, drop=True)
+    _make_again(context, folder, up_to=done - 1)
+
+
+def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:
+    folder.reopen()
+    run = SequentialRun(context)
+    context.journal.begin_session(len(context.journal.positions()))
+    run.restore()
+    run.edit(up_to)
+    context.editor.save_pretrained(folder.adapter)
+
+
+def _cost(journal: Journal, checkpoints: Checkpoints, position: int, after: list[int]) -> Cost:
+    done = journal.positions()
+    if position not in done:
+        edited = f"{done[0]} to {done[-1]}" if done else "none"
+        raise ValueError(f"request: expected the number of one that was edited ({edited}), got {position}")
+    kept = done.index(position)
+    checkpoint = max((count for count in checkpoints.counts() if count <= kept), default=0)
+    again = {*done[checkpoint:kept], *after}
+    seconds = sum(r.seconds for r in journal.records(measures=False) if r.index in again)
+    return Cost(kept, checkpoint, len(again), seconds)

@@ -1,0 +1,99 @@
+"""Sequential runs of a tiny editor in a folder, and what such a run found, to compare one with another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from tiny import REQUESTS, tiny_editor, tiny_model
+
+from baft import BaftEditor, EditRequest
+from baft.editing import Mode
+from baft.requests import Probe
+from baft.runs.folder import RunFolder
+from baft.runs.identity import identify
+from baft.runs.run import RunPlan, RunReport, run_edits
+from baft.runs.watcher import Nobody
+
+# Those that every test edits, each with questions of three kinds.
+ASKED = [
+    request.model_copy(
+        update={
+            "rephrases": (f"Tell me: {request.prompt}",),
+            "locality": {"neighbour": (Probe(prompt="Arvik is", answers=("Norland",)), Probe(prompt="Ebor is"))},
+        }
+    )
+    for request in REQUESTS
+] + [
+    EditRequest(prompt=f"Where is {name}? {name} is in", target=target, subject=name)
+    for name, target in [("Arvik", "Sudland"), ("Ebor", "France"), ("Paris", "Norland"), ("Bob Stone", "Ebor")]
+]
+PLAN = RunPlan(held_out=["The capital of France is Paris.", "Ada Lund was born in Arvik."], measure_every=4, retained=3)
+
+
+class Listener(Nobody):
+    """Hears what is said, and is asked at every advance whether to go on."""
+
+    def __init__(self, on_advance: Callable[[], None] = lambda: None) -> None:
+        self.said: list[str] = []
+        self._on_advance = on_advance
+
+    def advance(self, note: str = "", units: int = 1) -> None:
+        self._on_advance()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def small_editor(**changes: Any) -> BaftEditor:
+    return tiny_editor(tiny_model(), **{"max_steps": 3, "consolidate_every": 3, "balance_weight": 0.01, **changes})
+
+
+def run_in(
+    folder: Path,
+    *,
+    mode: Mode = "sequential",
+    requests: list[EditRequest] = ASKED,
+    plan: RunPlan = PLAN,
+    listener: Listener | None = None,
+    **changes: Any,
+) -> RunReport:
+    """Begin the run in ``folder``, or go on with it; ``changes`` go to the editor's configuration."""
+    place, editor = RunFolder(folder), small_editor(**changes)
+    try:
+        identity = identify(
+            method=editor.name,
+            mode=mode,
+            config=editor.config.model_dump(mode="json"),
+            model=editor.model,
+            requests=requests,
+            unrelated=None,
+            backend="reference",
+        )
+        if place.begun:
+            place.go_on(identity)
+        else:
+            place.begin(identity, {"mode": mode})
+        return run_edits(editor, requests, mode, plan=plan, folder=place, watcher=listener)
+    finally:
+        place.close()
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """All that a run has found, without what differs from one time to the next: seconds, memory."""
+    records = [json.loads(line) for line in (folder / "edits.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"], record["training"]["seconds"]
+    results = json.loads((folder / "results.json").read_text())
+    for point in results["retention"]:
+        del point["seconds"], point["memory"]
+    tensors = {
+        f"{file.stem}.{name}": tensor.numpy().tobytes()
+        for file in sorted((folder / "adapter").glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    kept = ("metrics", "retention", "training", "edits", "fluency")
+    return {"records": records, "tensors": tensors, **{name: results[name] for name in kept}}

@@ -1,0 +1,168 @@
+"""A run that breaks off goes on from there, and ends as if nothing had happened: bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+from small_runs import ASKED, PLAN, Listener, found, run_in
+from tiny import one_thread  # noqa: F401  # a fixture
+
+from baft.runs.folder import RunFolder
+from baft.runs.journal import Journal
+from baft.runs.run import RunPlan
+
+
+class Broken(Exception):
+    """What breaks a run off."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never broken off."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run_in(folder)
+    return folder
+
+
+def break_off_after(advances: int) -> Listener:
+    left = iter(range(advances))
+
+    def advance() -> None:
+        if next(left, None) is None:
+            raise Broken
+
+    return Listener(advance)
+
+
+# Nine edits advance nine times, and the measures at the end once.
+@pytest.mark.parametrize(("advances", "every"), [(0, 1), (3, 1), (3, 4), (8, 4), (5, 100), (9, 100)])
+def test_a_run_that_broke_off_ends_as_the_whole_one(advances: int, every: int, whole: Path, tmp_path: Path) -> None:
+    plan = RunPlan(**{**vars(PLAN), "checkpoint_every": every})
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=plan, listener=break_off_after(advances))
+    assert not (tmp_path / "results.json").exists()
+    listener = Listener()
+    run_in(tmp_path, plan=plan, listener=listener)
+    assert found(tmp_path) == found(whole)
+    assert not any("otherwise" in said for said in listener.said)
+
+
+def test_it_may_break_off_many_times(whole: Path, tmp_path: Path) -> None:
+    sessions = 0
+    while not (tmp_path / "results.json").exists():
+        with contextlib.suppress(Broken):
+            run_in(tmp_path, listener=break_off_after(1))
+        sessions += 1
+    assert sessions >= len(ASKED) // 2
+    assert found(tmp_path) == found(whole)
+
+
+def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    draw = random.Random(0)
+    kills = 0
+    while not (tmp_path / "results.json").exists():
+        process = context.Process(target=run_in, args=(tmp_path,))
+        process.start()
+        process.join(draw.uniform(0.05, 0.6) if kills < 8 else 60)
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert kills >= 3
+    assert found(tmp_path) == found(whole)
+
+
+def test_what_a_run_says_is_checked_against_the_journal(tmp_path: Path) -> None:
+    plan = RunPlan(checkpoint_every=100)
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=plan, listener=break_off_after(3))
+    with sqlite3.connect(tmp_path / "journal.sqlite") as journal:
+        journal.execute("UPDATE edits SET training = json_set(training, '$.losses[0]', 0.125) WHERE position = 1")
+    listener = Listener()
+    run_in(tmp_path, plan=plan, listener=listener)
+    (said,) = (text for text in listener.said if "otherwise" in text)
+    assert said.startswith("edit 1 ") and "0.125" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert said in results["sessions"][1]["notes"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=RunPlan(**{**vars(PLAN), "checkpoint_every": 2}), listener=break_off_after(6))
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1] / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    listener = Listener()
+    run_in(tmp_path, listener=listener)
+    assert any("is damaged" in said and "going on from 4 edits" in said for said in listener.said)
+    assert found(tmp_path) == found(whole)
+
+
+def test_a_request_without_a_finite_loss_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from baft.engine import schedule
+    from baft.engine.ahead import DivergedError
+
+    edit_next, calls = schedule.edit_next, []
+
+    def diverge(trainer: object, new: object, *rest: object) -> object:
+        calls.append(new)
+        if new.ids == calls[2].ids if len(calls) > 2 else False:  # type: ignore[attr-defined]
+            edit_next(trainer, new, *rest)  # type: ignore[arg-type]  # and leave traces
+            raise DivergedError("the edit loss became nan")
+        return edit_next(trainer, new, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("baft.editor.edit_next", diverge)
+    run_in(tmp_path / "with", requests=ASKED[:5])
+    monkeypatch.undo()
+    run_in(tmp_path / "without", requests=[*ASKED[:2], *ASKED[3:5]])
+    with_it, without = found(tmp_path / "with"), found(tmp_path / "without")
+    assert with_it["training"]["diverged"] == 1
+    assert with_it["tensors"] == without["tensors"]
+    diverged = with_it["records"][2]["training"]
+    assert diverged["diverged"] and diverged["losses"][-1] is None
+
+
+# -- what isn't gone on with --
+
+
+def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        run_in(tmp_path, listener=break_off_after(1))
+    with pytest.raises(ValueError, match=r"another run.*config\.learning_rate was 0\.06 and is 0\.05"):
+        run_in(tmp_path, learning_rate=0.05)
+    with pytest.raises(ValueError, match=r"requests\.sha256 was"):
+        run_in(tmp_path, requests=ASKED[::-1])
+    with pytest.raises(ValueError, match=r"requests\.number was 9 and is 8"):
+        run_in(tmp_path, requests=ASKED[:-1])
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="another process is at"):
+        RunFolder(tmp_path)
+    first.close()
+    RunFolder(tmp_path).close()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        RunFolder(tmp_path)
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(ValueError, match="expected a run's journal"):
+        Journal(tmp_path / "journal.sqlite")

@@ -1,0 +1,205 @@
+"""The parts of a run: what is kept of it, when it looks back, what it says at its end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import ASKED, Listener, run_in
+from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
+
+from baft.runs.checkpoints import Checkpoints, kept
+from baft.runs.identity import differences, hash_of_model
+from baft.runs.journal import Journal
+from baft.runs.records import EditRecord
+from baft.runs.retention import is_milestone, sample
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sequential"
+    run_in(folder)
+    return folder
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+# -- a run's end --
+
+
+def test_edits_jsonl_has_all_that_the_journal_has(sequential: Path) -> None:
+    lines = [json.loads(line) for line in (sequential / "edits.jsonl").read_text().splitlines()]
+    records = list(Journal(sequential / "journal.sqlite", read_only=True).records())
+    assert [line["index"] for line in lines] == list(range(len(ASKED)))
+    assert lines == [json.loads(json.dumps(record.as_json())) for record in records]
+    assert [record.request for record in records] == ASKED
+    assert all(record.immediate and record.final for record in records)
+
+
+def test_the_retention_curve_looks_back_when_it_is_due(sequential: Path) -> None:
+    points = results_of(sequential)["retention"]
+    assert [point["edits"] for point in points] == [1, 4, 8, 9]  # 1, every 4, and the end
+    for point in points:
+        assert point["general"]["perplexity"] > 1 and point["general"]["before"] == points[0]["general"]["before"]
+        (shares,) = point["gates"].values()
+        assert len(shares) == 8 and sum(shares) == pytest.approx(1.0)
+        assert point["memory"]["process"] > 0
+    assert points[0]["seconds"] < points[-1]["seconds"]
+
+
+def test_general_ability_changes_with_the_edits(sequential: Path) -> None:
+    last = results_of(sequential)["retention"][-1]["general"]
+    assert last["perplexity"] != pytest.approx(last["before"], rel=1e-3)
+
+
+def test_the_time_for_bookkeeping_is_told(sequential: Path) -> None:
+    (session,) = results_of(sequential)["sessions"]
+    assert 0 < session["bookkeeping_seconds"] < session["seconds"]
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+def test_other_modes_go_on_too(mode: Any, tmp_path: Path) -> None:
+    whole = run_in(tmp_path / "whole", mode=mode, batch_passes=2).results
+    broken = tmp_path / "broken"
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        # The first single edits are on the disk, or the batch is edited and its measures have begun.
+        if len(Journal(broken / "journal.sqlite", read_only=True).positions()) > 0:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run_in(broken, mode=mode, listener=Listener(stop), batch_passes=2)
+    resumed = run_in(broken, mode=mode, batch_passes=2).results
+    assert resumed["metrics"] == whole["metrics"] and resumed["edits"] == len(ASKED)
+    assert len(resumed["sessions"]) == 2
+
+
+# -- checkpoints --
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    state = {"a": torch.randn(3, 4), "generator": torch.Generator().get_state()}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest(10) is None and checkpoints.due(1)
+    checkpoints.write(7, state)
+    checkpoints.write(9, {"a": torch.zeros(1)})
+    known = Checkpoints(tmp_path / "checkpoints").newest(8)
+    assert known is not None and known.edits == 7
+    assert known.state.keys() == state.keys() and all(torch.equal(known.state[name], state[name]) for name in state)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.write(1, {"a": torch.zeros(1)})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write(2, {"a": torch.ones(1)})
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000001"]
+    assert checkpoints.newest(5) is not None
+
+
+def test_kept_checkpoints_are_few_and_near(tmp_path: Path) -> None:
+    """Written after every edit, thinned each time: at any age one isn't further away than about its age."""
+    counts: list[int] = []
+    for edits in range(1, 3000):
+        counts = sorted(kept([*counts, edits]))
+        assert len(counts) <= 2 * edits.bit_length() + 2
+        assert counts[-1] == edits
+    for wanted in range(1, 2999):
+        found = max((count for count in counts if count <= wanted), default=0)
+        assert wanted - found <= 2 * (2999 - wanted) + 2, wanted
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 2.0, *[50.0], *[102.5]])  # made; begun, written in 2 s; asked 48 s later, and 100 s later
+    monkeypatch.setattr("baft.runs.checkpoints.time.monotonic", lambda: next(clock))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.write(1, {"a": torch.zeros(1)})
+    assert not checkpoints.due(2)
+    assert checkpoints.due(3)
+
+
+# -- journal --
+
+
+def test_a_full_disk_loses_nothing_that_was_written(sequential: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.begin_session(0)
+    records = list(Journal(sequential / "journal.sqlite", read_only=True).records())
+    journal.add(records[0])
+    pages = next(journal._rows("PRAGMA page_count"))[0]
+    list(journal._rows(f"PRAGMA max_page_count = {pages}"))
+    big = EditRecord(1, records[1].request, records[1].curve, immediate=records[1].immediate * 200)
+    with pytest.raises(OSError, match="full; what was written before is kept"):
+        journal.add(big)
+    assert journal.positions() == [0]
+    journal.close()
+    assert next(Journal(tmp_path / "journal.sqlite").records()).request == records[0].request
+
+
+def test_several_records_are_written_together_or_not_at_all(sequential: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    records = list(Journal(sequential / "journal.sqlite", read_only=True).records())
+    with pytest.raises(Exception, match="UNIQUE"):
+        journal.add(records[0], records[1], records[0])
+    assert journal.positions() == []
+
+
+# -- retention --
+
+
+def test_milestones() -> None:
+    assert [n for n in range(1, 1200) if is_milestone(n)] == [1, 10, 100, 1000]
+    assert [n for n in range(1, 30) if is_milestone(n, 8)] == [1, 8, 10, 16, 24]
+
+
+def test_samples_of_a_growing_history_share_all_that_they_can() -> None:
+    whole = list(range(500))
+    before: set[int] = set()
+    for size in range(1, 500):
+        now = set(sample(whole[:size], 40))
+        assert len(now) == min(size, 40)
+        assert len(now - before) <= 1  # whoever joined
+        before = now
+
+
+# -- identity --
+
+
+def test_differences_name_what_differs() -> None:
+    before = {"mode": "batch", "config": {"rank": 4, "layers": None}, "code": "abc"}
+    now = {"mode": "batch", "config": {"rank": 8, "layers": None}, "code": "abd"}
+    assert differences(before, now) == ["config.rank was 4 and is 8", 'code was "abc" and is "abd"']
+    assert differences(before, before) == []
+
+
+def test_a_model_is_known_by_its_weights() -> None:
+    model = tiny_model()
+    known = hash_of_model(model)
+    assert hash_of_model(tiny_model()) == known
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        kept_bits = weight.clone()
+        weight[0, 0] += 1e-3
+        assert hash_of_model(model) != known
+        weight.copy_(kept_bits)
+        weight[[0, 1]] = weight[[1, 0]]  # the same numbers in other places
+        assert hash_of_model(model) != known
+        weight[[0, 1]] = weight[[1, 0]]
+    assert hash_of_model(model) == known

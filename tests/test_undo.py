@@ -1,0 +1,76 @@
+"""Edits taken back: the state before a request is exactly that state, and a dropped request was never there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import ASKED, PLAN, found, run_in, small_editor
+from tiny import one_thread  # noqa: F401  # a fixture
+
+from baft.runs.folder import RunFolder
+from baft.runs.run import RunPlan, open_context
+from baft.runs.undo import cost_of_drop, cost_of_rollback, drop, roll_back
+
+SPARSE = RunPlan(**{**vars(PLAN), "checkpoint_every": 4})
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Path:
+    """A finished run, with checkpoints after 4, 8 and 9 edits."""
+    run_in(tmp_path / "run", plan=SPARSE)
+    return tmp_path / "run"
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {name: t.numpy().tobytes() for name, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def test_rolling_back_gives_the_state_before_a_request(done: Path, tmp_path: Path) -> None:
+    place = RunFolder(done)
+    cost = cost_of_rollback(place.journal, place.checkpoints(), 6)
+    assert (cost.kept, cost.checkpoint, cost.edits) == (6, 4, 2) and cost.seconds > 0
+    roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 6)
+    assert place.journal.positions() == [0, 1, 2, 3, 4, 5]
+    assert not place.results.exists()
+    place.close()
+    before = small_editor()
+    before.edit(ASKED[:6])
+    before.save_pretrained(tmp_path / "before")
+    assert tensors(done / "adapter") == tensors(tmp_path / "before")
+    assert json.loads((done / "adapter" / "edits.json").read_text())["edits"] == [
+        request.model_dump(mode="json") for request in ASKED[:6]
+    ]
+
+
+def test_a_run_that_was_rolled_back_goes_on_as_the_whole_one(done: Path) -> None:
+    whole = found(done)
+    place = RunFolder(done)
+    roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 3)
+    place.close()
+    run_in(done, plan=SPARSE)
+    assert found(done) == whole
+
+
+def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
+    place = RunFolder(done)
+    assert cost_of_drop(place.journal, place.checkpoints(), 5).edits == 4  # 4 once more, and 6, 7, 8
+    drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 5)
+    assert place.journal.positions() == [0, 1, 2, 3, 4, 6, 7, 8]
+    place.close()
+    without = small_editor()
+    without.edit([*ASKED[:5], *ASKED[6:]])
+    without.save_pretrained(tmp_path / "without")
+    assert tensors(done / "adapter") == tensors(tmp_path / "without")
+    run_in(done, plan=SPARSE)
+    results = json.loads((done / "results.json").read_text())
+    assert results["edits"] == 8 and results["dropped"] == [5]
+
+
+def test_what_was_never_edited_cannot_be_taken_back(done: Path) -> None:
+    place = RunFolder(done)
+    for number in (9, -1):
+        with pytest.raises(ValueError, match=rf"expected the number of one that was edited \(0 to 8\), got {number}"):
+            cost_of_rollback(place.journal, place.checkpoints(), number)
