@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
@@ -30,8 +31,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from baft import BaftConfig, BaftEditor
-from baft.editor import Mode
+from baft import BaftConfig
+from baft.baselines.methods import METHODS as ALL_METHODS
+from baft.baselines.methods import make_editor
+from baft.editing import Mode
 from baft.evaluation.measures import Evaluator, Metrics
 from baft.runs.inputs import load_assignment, load_model
 from baft.runs.environment import versions
@@ -42,8 +45,17 @@ REQUESTS = 100
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # its choice and order of requests are not among those that are reported
 
-# LoReFT has two rows of width d for each basis where BaFT has three: half as many bases again make the counts equal.
-METHODS: dict[str, dict[str, Any]] = {"BaFT": {}, "LoReFT": {"gate_fn": "none", "rank": BaftConfig().rank * 3 // 2}}
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: a method of ``baft.baselines.methods``, changes to its configuration, its own options."""
+
+    method: str = "baft"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {"BaFT": Variant("baft"), "LoReFT": Variant("loreft")}
 GRID = {"learning_rate": (4e-3, 8e-3), "locality_weight": (20.0, 40.0, 80.0)}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -77,7 +89,7 @@ class Entry(NamedTuple):
     label: str
     mode: Mode
     seed: int
-    overrides: dict[str, Any]
+    variant: Variant
 
 
 def main() -> None:
@@ -96,10 +108,10 @@ def main() -> None:
     if options.tune:
         name, plan = "tuning", tuning_plan(options.modes)
     elif options.ablate:
-        name, plan = "ablations", plan_of(ABLATIONS, options.modes, options.seeds)
+        name, plan = "ablations", plan_of(_variants(ABLATIONS), options.modes, options.seeds)
     elif options.backends:
-        variants = {f"backend {backend}": {"backend": backend} for backend in options.backends}
-        name, plan = "backends", plan_of(variants, options.modes, options.seeds)
+        changes = {f"backend {backend}": {"backend": backend} for backend in options.backends}
+        name, plan = "backends", plan_of(_variants(changes), options.modes, options.seeds)
     else:
         name, plan = "editing", plan_of(METHODS, options.modes, options.seeds)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
@@ -111,18 +123,25 @@ def main() -> None:
     console.print(f"Saved: {saved}")
 
 
-def plan_of(variants: dict[str, dict[str, Any]], modes: Iterable[Mode], seeds: Iterable[int]) -> list[Entry]:
+def _variants(changes: dict[str, dict[str, Any]]) -> dict[str, Variant]:
+    """BaFT with each of some changes to its configuration."""
+    return {label: Variant(overrides=overrides) for label, overrides in changes.items()}
+
+
+def plan_of(variants: dict[str, Variant], modes: Iterable[Mode], seeds: Iterable[int]) -> list[Entry]:
     """Every variant in every mode with every seed."""
     product = itertools.product(modes, variants.items(), seeds)
-    return [Entry(label, mode, seed, overrides) for mode, (label, overrides), seed in product]
+    return [Entry(label, mode, seed, variant) for mode, (label, variant), seed in product]
 
 
 def tuning_plan(modes: Iterable[Mode]) -> list[Entry]:
     """Every point of the grid for both methods: the same budget of tuning."""
     points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     variants = {
-        ", ".join([method, *(f"{field} {value:g}" for field, value in point.items())]): {**overrides, **point}
-        for (method, overrides), point in itertools.product(METHODS.items(), points)
+        ", ".join([method, *(f"{field} {value:g}" for field, value in point.items())]): variant._replace(
+            overrides=point
+        )
+        for (method, variant), point in itertools.product(METHODS.items(), points)
     }
     return plan_of(variants, modes, [TUNING_SEED])
 
@@ -150,15 +169,21 @@ def run_once(entry: Entry, task: Task) -> dict[str, Any]:
     """One run: its final measures, whole and by kind, and what it cost."""
     model, tokenizer = load_model(task.model)
     assignment = load_assignment(task.dataset, task.requests, entry.seed)
-    editor = BaftEditor(
-        model, tokenizer, BaftConfig(seed=entry.seed, **entry.overrides), unrelated=assignment.unrelated
+    variant = entry.variant
+    editor = make_editor(
+        variant.method,
+        model,
+        tokenizer,
+        BaftConfig(seed=entry.seed, **variant.overrides),
+        unrelated=assignment.unrelated,
+        options=ALL_METHODS[variant.method].options(**variant.options),
     )
     evaluator = Evaluator(editor, max_new_tokens=12, batch_size=128)
     results = run_edits(editor, assignment.requests, entry.mode, evaluator=evaluator).results
     final = results["metrics"]["final"]
     return {
-        **entry._asdict(),
-        "parameters": sum(parameter.numel() for parameter in editor.interventions.parameters()),
+        **{"label": entry.label, "mode": entry.mode, "seed": entry.seed, **asdict(variant)},
+        "parameters": sum(parameter.numel() for parameter in editor.parameters().values()),
         "measures": dict(_columns(final)),
         "steps": results["timing"]["steps"],
         "seconds_per_edit": results["timing"]["seconds_per_edit"],
@@ -201,7 +226,7 @@ def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], task: Tas
     """Write the raw runs as JSON and the table as Markdown beside it; returns the latter's path."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
-        "command": " ".join(["python bench/editing_quality.py", *sys.argv[1:]]),
+        "command": " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
         "task": task._asdict(),

@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(whole: Path, tmp_path: Path) 
 
 def test_a_request_without_a_finite_loss_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from baft.engine import schedule
-    from baft.engine.ahead import DivergedError
+    from baft.engine.learner import DivergedError
 
     edit_next, calls = schedule.edit_next, []
 
@@ -120,10 +120,10 @@ def test_a_request_without_a_finite_loss_is_left_out(tmp_path: Path, monkeypatch
         calls.append(new)
         if new.ids == calls[2].ids if len(calls) > 2 else False:  # type: ignore[attr-defined]
             edit_next(trainer, new, *rest)  # type: ignore[arg-type]  # and leave traces
-            raise DivergedError("the edit loss became nan")
+            raise DivergedError(float("nan"), 3)
         return edit_next(trainer, new, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("baft.editor.edit_next", diverge)
+    monkeypatch.setattr("baft.trained.edit_next", diverge)
     run_in(tmp_path / "with", requests=ASKED[:5])
     monkeypatch.undo()
     run_in(tmp_path / "without", requests=[*ASKED[:2], *ASKED[3:5]])

@@ -48,7 +48,7 @@ def demo(
     """Edit facts of FactWorld, a small invented world, in a small model that knows it: watch, then read the report."""
     if out == Path("runs/demo"):
         out = _next_free(out)
-    run(out, "factworld", "factworld", "sequential", edits, seed, as_json=as_json)
+    run(out, "factworld", "factworld", "sequential", edits=edits, seed=seed, as_json=as_json)
 
 
 def _next_free(folder: Path) -> Path:
@@ -67,6 +67,10 @@ def run(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="A benchmark file, factworld, or factworld-large.")] = None,
     mode: Annotated[Literal["single", "batch", "sequential"] | None, typer.Option()] = None,
+    method: Annotated[
+        Literal["baft", "loreft", "lora", "ft", "in-context", "none"],
+        typer.Option(help="What edits: BaFT, or a baseline."),
+    ] = "baft",
     edits: Edits = None,
     seed: Seed = 0,
     backend: Backend = None,
@@ -112,6 +116,7 @@ def run(
                 model=model,
                 dataset=dataset,
                 mode=mode,
+                method=method,
                 config=load_config(config, seed=seed, backend=backend),
                 edits=edits,
                 slots=slots,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, overload, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from baft.engine.encoding import Encoder
 from baft.engine.schedule import Curve, OnStep
 from baft.requests import EditRequest
 
-__all__ = ["EditOutcome", "Editor", "Gated", "Mode", "SideBySide"]
+__all__ = ["EditOutcome", "Editor", "Gated", "Mode", "OnEdit", "SideBySide", "check_mode", "try_each"]
 
 Mode = Literal["single", "batch", "sequential"]
 
@@ -36,6 +36,10 @@ class EditOutcome:
     request: EditRequest
     curve: Curve
     state: dict[str, Tensor] | None = None
+
+
+OnEdit = Callable[[EditOutcome], None]
+"""Called after each edit, with the edit on."""
 
 
 class Editor(Protocol):
@@ -66,7 +70,7 @@ class Editor(Protocol):
         requests: Sequence[EditRequest],
         mode: Mode = "sequential",
         *,
-        on_edit: Callable[[EditOutcome], None] | None = None,
+        on_edit: OnEdit | None = None,
         on_step: OnStep | None = None,
     ) -> list[EditOutcome]:
         """Edit ``requests``."""
@@ -120,3 +124,30 @@ class Gated(Protocol):
 
     def gate_usage(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
         """By block the share that each basis has in all that the gates let through on ``requests``, [r]."""
+
+
+def check_mode(mode: str) -> None:
+    """Make sure that there is such a mode.
+
+    Raises:
+        ValueError: if there isn't.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: expected single, batch or sequential, got {mode!r}")
+
+
+def try_each(
+    editor: Editor, requests: Sequence[EditRequest], on_edit: OnEdit | None = None, on_step: OnStep | None = None
+) -> list[EditOutcome]:
+    """``edit_each`` in the order of ``requests``, each edit on while ``on_edit`` runs."""
+    outcomes = sorted(editor.edit_each(requests, on_step=on_step), key=lambda outcome: outcome.index)
+    if on_edit:
+        before = editor.state()
+        for outcome in outcomes:
+            assert outcome.state is not None
+            editor.edits.append(outcome.request)
+            editor.load_state(outcome.state)
+            on_edit(outcome)
+            editor.load_state(before)
+            editor.edits.pop()
+    return outcomes

@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from baft.engine.step import Lesson
-from baft.engine.trainer import Trainer
+from baft.engine.graphs import Graphs
+from baft.engine.learner import DivergedError, Ended, Plan, Planned
+from baft.engine.step import TrainingStep
 from baft.engine.transfer import Reading
 from baft_kernels.stiefel import NEAR
 
-__all__ = ["DivergedError", "Planned", "take_steps"]
+__all__ = ["take_steps"]
 
 
-class DivergedError(RuntimeError):
-    """A loss is no finite number any more."""
+class StepTaker(Protocol):
+    """What takes the steps, ``ahead`` of them ahead of what is known: a ``Trainer``."""
 
-
-@dataclass(frozen=True)
-class Planned:
-    """A step to take.
-
-    Attributes:
-        lesson: what is trained.
-        rate: factor on the learning rates.
-        watched: how many of the lesson's first edits end the whole by their losses.
-        first, last: whether the step is the first, the last one of a stretch: see ``baft.engine.ending.Watch``.
-    """
-
-    lesson: Lesson
-    rate: float = 1.0
-    watched: int = 1
-    first: bool = True
-    last: bool = True
+    step: TrainingStep
+    graphs: Graphs
+    generator: torch.Generator
+    ahead: int
 
 
 class _Begun:
@@ -53,7 +40,7 @@ class _Begun:
         generator: the random generator's state before the step was planned.
     """
 
-    def __init__(self, trainer: Trainer, planned: Planned, generator: Tensor) -> None:
+    def __init__(self, trainer: StepTaker, planned: Planned, generator: Tensor) -> None:
         self._planned = planned
         self._trainer = trainer
         self.generator = generator
@@ -78,15 +65,13 @@ class _Begun:
         return loss, rest[: len(self._planned.lesson.edits)], rest[self._edits :]
 
 
-def take_steps(
-    trainer: Trainer, plan: Callable[[int], Planned | None], ended: Callable[[Sequence[float]], bool]
-) -> None:
+def take_steps(trainer: StepTaker, plan: Plan, ended: Ended) -> None:
     """Take planned steps until one ends the edit or none is left.
 
     Args:
-        trainer: takes them, ``trainer.ahead`` of them ahead of what is known.
-        plan: the step with a number from 0, drawn by the trainer's generator; None behind the last.
-        ended: told the losses of each step's edits in order; says whether the edit has ended, as ``Ending`` has.
+        trainer: takes them.
+        plan: says which.
+        ended: agrees with the trainer's ``Ending``.
 
     Raises:
         DivergedError: if a step's loss is no finite number any more; that step changed nothing.
@@ -123,8 +108,6 @@ def take_steps(
         if over and begun:
             trainer.generator.set_state(begun[0].generator)
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the edit loss became {loss} after {known} steps; expected a finite one: lower learning_rate"
-            )
+            raise DivergedError(loss, known)
         if over:
             return

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baft.config import BaftConfig
-from baft.engine.ahead import Planned, take_steps
 from baft.engine.encoding import Encoded
-from baft.engine.trainer import Trainer
+from baft.engine.learner import Learner, Planned
 from baft.engine.unrelated import draw_indices
 
 __all__ = ["Curve", "OnStep", "consolidate", "edit_batch", "edit_next"]
@@ -46,7 +45,7 @@ class Curve:
         return self.converged or self.diverged or self.steps == config.max_steps
 
 
-def edit_next(trainer: Trainer, new: Encoded, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+def edit_next(trainer: Learner, new: Encoded, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Edit one more request: at most ``max_steps`` steps on it, each together with some earlier ones (rehearsal).
 
     It stops early at the first step that finds the request's loss below ``stop_below``.
@@ -65,25 +64,25 @@ def edit_next(trainer: Trainer, new: Encoded, past: Sequence[Encoded], on_step: 
             on_step(curve.steps, config.max_steps, curve.losses[-1])
         return over
 
-    take_steps(trainer, plan, ended)
-    trainer.step.count_usage([new])
+    trainer.take_steps(plan, ended)
+    trainer.count_usage([new])
     curve.seconds = time.perf_counter() - start
     return curve
 
 
-def edit_batch(trainer: Trainer, edits: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+def edit_batch(trainer: Learner, edits: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Edit many requests together: up to ``batch_passes`` passes over them, learning rates falling along a cosine."""
     curve = _passes(trainer, edits, trainer.config.batch_passes, on_step)
-    trainer.step.count_usage(edits)
+    trainer.count_usage(edits)
     return curve
 
 
-def consolidate(trainer: Trainer, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+def consolidate(trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Go over all past requests again, ``consolidation_passes`` times at most."""
     return _passes(trainer, past, trainer.config.consolidation_passes, on_step)
 
 
-def _passes(trainer: Trainer, edits: Sequence[Encoded], passes: int, on_step: OnStep | None) -> Curve:
+def _passes(trainer: Learner, edits: Sequence[Encoded], passes: int, on_step: OnStep | None) -> Curve:
     """Passes over ``edits`` in drawn order, until no edit of a whole pass had a loss of ``stop_below`` or more."""
     config, start, curve = trainer.config, time.perf_counter(), Curve()
     per_pass = math.ceil(len(edits) / config.batch_size)
@@ -117,6 +116,6 @@ def _passes(trainer: Trainer, edits: Sequence[Encoded], passes: int, on_step: On
             curve.converged = max(found) < config.stop_below
         return curve.converged
 
-    take_steps(trainer, plan, ended)
+    trainer.take_steps(plan, ended)
     curve.seconds = time.perf_counter() - start
     return curve

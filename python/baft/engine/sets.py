@@ -21,9 +21,11 @@ from baft_kernels import (
 )
 from baft_kernels.stiefel import NEAR
 
-__all__ = ["ParameterSets"]
+__all__ = ["BETAS", "ParameterSets"]
 
-_BETAS = (0.9, 0.99)  # a short memory: an edit has tens of steps, not thousands
+BETAS = (0.9, 0.99)
+"""AdamW's: a short memory, since an edit has tens of steps, not thousands."""
+
 _EPS = 1e-8
 
 Interventions = Mapping[int, BaftIntervention] | Mapping[int, GroupedBaftIntervention]
@@ -108,8 +110,8 @@ class ParameterSets:
                 fused=True,
                 found_inf=left_out,
                 amsgrad=False,
-                beta1=_BETAS[0],
-                beta2=_BETAS[1],
+                beta1=BETAS[0],
+                beta2=BETAS[1],
                 lr=rates[int(gates)],
                 weight_decay=config.weight_decay,
                 eps=_EPS,

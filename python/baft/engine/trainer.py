@@ -1,26 +1,27 @@
-"""What training carries from one edit to the next, and how the lessons of a step are drawn."""
+"""The training of BaFT's own parameters, and what it carries from one edit to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from baft.config import BaftConfig
+from baft.engine.ahead import take_steps
 from baft.engine.encoding import Encoded
 from baft.engine.ending import Ending
 from baft.engine.graphs import CudaCapture, Graphs
+from baft.engine.learner import Ended, Learner, Plan
 from baft.engine.passes import Passes
 from baft.engine.sets import ParameterSets
-from baft.engine.step import Lesson, TrainingStep
-from baft.engine.unrelated import UnrelatedPool, draw_indices
+from baft.engine.step import TrainingStep
+from baft.engine.unrelated import UnrelatedPool
 
 __all__ = ["Trainer"]
 
 
-class Trainer:
+class Trainer(Learner):
     """The training of an editor's own parameters, and all that continues it: moments, gate usage, random generator.
 
     Args:
@@ -33,10 +34,8 @@ class Trainer:
     """
 
     def __init__(self, passes: Passes, config: BaftConfig, unrelated: UnrelatedPool) -> None:
+        super().__init__(config, unrelated)
         self.passes = passes
-        self.config = config
-        self.unrelated = unrelated
-        self.generator = torch.Generator().manual_seed(config.seed)
         device = passes.model.device
         ending = Ending(config.stop_below, device)
         sets = ParameterSets(passes.attachment.interventions, config)
@@ -44,19 +43,11 @@ class Trainer:
         self.graphs = Graphs(self.step, CudaCapture(device), self._why_no_graphs())
         self.ahead = 1 if device.type == "cuda" else 0
 
-    def lesson(
-        self,
-        new: Sequence[Encoded],
-        past: Sequence[Encoded] = (),
-        *,
-        generator: torch.Generator | None = None,
-        set: int = 0,
-    ) -> Lesson:
-        """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured."""
-        generator = generator or self.generator
-        rehearsed = [past[i] for i in draw_indices(len(past), self.config.rehearsal, generator)] if past else []
-        wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
-        return Lesson([*new, *rehearsed], self.unrelated.draw(wanted, generator), set)
+    def take_steps(self, plan: Plan, ended: Ended) -> None:
+        take_steps(self, plan, ended)
+
+    def count_usage(self, edits: Sequence[Encoded]) -> None:
+        self.step.count_usage(edits)
 
     def refresh(self) -> None:
         """Notice if the model's own weights have changed since it was last asked to."""

@@ -8,7 +8,7 @@ from typing import Any
 from baft.evaluation.matching import normalise
 from baft.requests import EditRequest
 
-__all__ = ["conflicts", "superseded"]
+__all__ = ["conflicts", "describe", "superseded"]
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
@@ -35,3 +35,10 @@ def superseded(found: Sequence[dict[str, Any]]) -> set[int]:
         wanted = list(map(normalise, conflict["targets"]))
         positions |= {p for p, target in zip(conflict["positions"], wanted, strict=True) if target != wanted[-1]}
     return positions
+
+
+def describe(conflict: dict[str, Any]) -> str:
+    """A conflict in words."""
+    asked = ", ".join(f"{p}: {t!r}" for p, t in zip(conflict["positions"], conflict["targets"], strict=True))
+    ends = "the last one wins" if conflict["kind"] == "contradiction" else "they want the same"
+    return f"{conflict['prompt']!r} is asked for {len(conflict['positions'])} times ({asked}): {ends}"

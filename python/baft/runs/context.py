@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from baft.editing import Editor
 from baft.evaluation.measures import Evaluator
@@ -34,6 +35,7 @@ class RunContext:
         watcher: is told how it goes on.
         log: gets the figures as they come.
         final: edits that are asked about at the end, at most; None asks about all.
+        conflicts: requests for the same thing, as ``baft.runs.conflicts`` finds them.
     """
 
     editor: Editor
@@ -45,6 +47,7 @@ class RunContext:
     watcher: Watcher = field(default_factory=Nobody)
     log: MetricsLog | None = None
     final: int | None = None
+    conflicts: list[dict[str, Any]] = field(default_factory=list)
 
     def order(self) -> list[int]:
         """Positions of the requests that are to be edited, in order."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -163,10 +163,12 @@ class Journal:
         found = self._one("SELECT results FROM measures WHERE position = ? AND moment = ?", position, moment)
         return results_from_json(json.loads(found)) if found else []
 
-    def measured(self, moment: Moment) -> Iterator[list[ProbeResult]]:
-        """What was asked of every edit at a moment, in order."""
-        for (results,) in self._rows("SELECT results FROM measures WHERE moment = ? ORDER BY position", moment):
-            yield results_from_json(json.loads(results))
+    def measured(self, moment: Moment, without: Collection[int] = ()) -> Iterator[list[ProbeResult]]:
+        """What was asked of every edit at a moment, in order, but of those ``without``."""
+        rows = self._rows("SELECT position, results FROM measures WHERE moment = ? ORDER BY position", moment)
+        for position, results in rows:
+            if position not in without:
+                yield results_from_json(json.loads(results))
 
     def unmeasured(self, moment: Moment) -> list[int]:
         """Positions of the edits that weren't asked at a moment."""

@@ -11,6 +11,7 @@ from baft.evaluation.fluency import fluency
 from baft.evaluation.measures import Evaluator, summarise
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
+from baft.runs.conflicts import conflicts, describe, superseded
 from baft.runs.context import RunContext
 from baft.runs.environment import peak_memory_bytes, versions
 from baft.runs.folder import RunFolder
@@ -89,9 +90,13 @@ def run_edits(
         RuntimeError: if losses aren't finite any more.
         OSError: if something can't be written; what was written before is kept.
     """
-    context = open_context(editor, requests, plan=plan, folder=folder, evaluator=evaluator, watcher=watcher, log=log)
+    context = open_context(
+        editor, requests, mode, plan=plan, folder=folder, evaluator=evaluator, watcher=watcher, log=log
+    )
     journal = context.journal
     journal.begin_session(len(journal.positions()))
+    for conflict in context.conflicts:
+        context.say(describe(conflict))
     run = SequentialRun(context)
     if mode == "sequential":
         run.restore()
@@ -113,6 +118,7 @@ def run_edits(
 def open_context(
     editor: Editor,
     requests: Sequence[EditRequest],
+    mode: Mode = "sequential",
     *,
     plan: RunPlan | None = None,
     folder: RunFolder | None = None,
@@ -135,6 +141,7 @@ def open_context(
         watcher=watcher or Nobody(),
         log=log,
         final=plan.final,
+        conflicts=conflicts(requests) if mode != "single" else [],
     )
 
 
@@ -142,7 +149,8 @@ def _results(context: RunContext, mode: Mode) -> dict[str, Any]:
     editor, journal = context.editor, context.journal
     totals = journal.totals()
     edits = totals["edits"]
-    final = summarise(journal.measured("final")) if mode != "single" else None
+    # What a later request contradicts can't hold at the end.
+    final = summarise(journal.measured("final", without=superseded(context.conflicts))) if mode != "single" else None
     return {
         "protocol": {**context.evaluator.protocol, "mode": mode},
         "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},
@@ -163,6 +171,7 @@ def _results(context: RunContext, mode: Mode) -> dict[str, Any]:
             "steps": totals["steps"],
         },
         "dropped": sorted(journal.dropped()),
+        "conflicts": context.conflicts,
         "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
         "sessions": journal.sessions(),
         "engine": editor.engine_report(),

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from baft.engine.ahead import DivergedError
+from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.runs.context import RunContext, in_groups
 from baft.runs.records import EditRecord

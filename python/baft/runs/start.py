@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from baft.baselines.methods import METHODS, MethodName, make_editor
 from baft.config import BaftConfig
 from baft.editing import Editor, Mode
-from baft.editor import BaftEditor
 from baft.engine.options import EngineOptions
 from baft.requests import EditRequest
 from baft.runs.folder import RunFolder
@@ -28,6 +28,7 @@ class RunWords(BaseModel):
 
     Attributes:
         model, dataset: names or paths.
+        method: how to edit.
         config: all fields of ``BaftConfig``, the defaults too, so that later defaults don't change the run.
         edits: how many requests; None is all.
         slots: single edits trained at a time.
@@ -40,6 +41,7 @@ class RunWords(BaseModel):
     model: str
     dataset: str
     mode: Mode
+    method: MethodName = "baft"
     config: BaftConfig
     edits: int | None = None
     slots: int | None = None
@@ -74,9 +76,8 @@ def start(words: RunWords, folder: RunFolder, *, on_training: OnProgress | None 
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
     model, tokenizer = load_model(words.model, on_training=on_training)
-    editor = BaftEditor(
-        model, tokenizer, words.config, unrelated=assignment.unrelated, options=EngineOptions(slots=words.slots)
-    )
+    options = EngineOptions(slots=words.slots) if METHODS[words.method].options is EngineOptions else None
+    editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     identity = identify(
         method=editor.name,
         mode=words.mode,

@@ -1,0 +1,72 @@
+"""What BaFT's rivals make of the same requests: no edit, the facts in the prompt, fine-tuning, LoRA, LoReFT.
+
+    python bench/baselines.py                 the table: 100 FactWorld requests, one after another, 3 seeds
+    python bench/baselines.py --tune          the rivals' own settings, on a seed that isn't reported
+
+All methods get the same requests, unrelated texts, losses and schedule, and are asked the same questions; every figure
+is by generation. LoReFT and LoRA have as many parameters as BaFT, within a rank; fine-tuning has one layer's. Results go
+to bench/results/ as JSON and Markdown. Seconds are of the methods as they are here: BaFT and LoReFT have an engine that
+remembers what doesn't change from step to step, the others train plainly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from editing_quality import REQUESTS, SEEDS, TUNING_SEED, Task, Variant, plan_of, run_all, save, show, tabulate
+from rich.console import Console
+
+RIVALS = {
+    "no edit": Variant("none"),
+    "in-context": Variant("in-context"),
+    "fine-tuning": Variant("ft"),
+    "LoRA": Variant("lora"),
+    "LoReFT": Variant("loreft"),
+    "BaFT": Variant("baft"),
+}
+RATES = {"ft": (1e-4, 3e-4, 1e-3, 3e-3), "lora": (5e-4, 1e-3, 2e-3, 5e-3)}
+FACTS = (1, 4, 16)
+TUNING_REQUESTS = 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="the rivals' own settings, on a seed of its own")
+    parser.add_argument("--methods", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--model", default="factworld")
+    parser.add_argument("--dataset", default="factworld")
+    parser.add_argument("--requests", type=int, help=f"{REQUESTS} by default, {TUNING_REQUESTS} to tune")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--mode", choices=("batch", "sequential"), default="sequential")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    options = parser.parse_args()
+    variants = {name: RIVALS[name] for name in options.methods}
+    seeds, requests, name = options.seeds, options.requests or REQUESTS, "baselines"
+    if options.tune:
+        variants, seeds, requests = tuned(variants), [TUNING_SEED], options.requests or TUNING_REQUESTS
+        name = "baseline_tuning"
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
+    task = Task(options.model, options.dataset, requests)
+    runs = run_all(plan_of(variants, [options.mode], seeds), task, options.jobs, console)
+    rows = tabulate(runs)
+    show(rows, console)
+    saved = save("_".join([Path(options.dataset).stem, name, options.mode]), runs, rows, task)
+    console.print(f"Saved: {saved}")
+
+
+def tuned(variants: dict[str, Variant]) -> dict[str, Variant]:
+    """Every setting that is tried of those methods that have some of their own."""
+    points = {}
+    for name, variant in variants.items():
+        for rate in RATES.get(variant.method, ()):
+            points[f"{name}, learning rate {rate:g}"] = replace(variant, options={"learning_rate": rate})
+        for facts in FACTS if variant.method == "in-context" else ():
+            points[f"{name}, {facts} facts"] = replace(variant, options={"facts": facts})
+    return points
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What editors have in common that learn edits by training, whatever it is that they train."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from baft.attach import Attachment
+from baft.config import BaftConfig
+from baft.editing import EditOutcome, Mode, OnEdit, check_mode, try_each
+from baft.engine.encoding import Encoded, Encoder
+from baft.engine.generation import force_answers, generate_texts
+from baft.engine.learner import Learner
+from baft.engine.modes import frozen_for_editing
+from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
+from baft.engine.unrelated import UnrelatedPool
+from baft.requests import EditRequest
+
+__all__ = ["TrainedEditor"]
+
+# Texts that the unedited model writes where none are given.
+_SELF_WRITTEN = 256
+
+
+class TrainedEditor(ABC):
+    """An editor that trains; what it trains is its subclass's to say.
+
+    Args:
+        model: a decoder-only model.
+        tokenizer: the model's.
+        config: how to edit.
+        unrelated: texts whose continuations shall stay as they are; None lets the unedited model write them itself, at
+            the first edit.
+
+    Attributes:
+        attachment: what the subclass puts on the model's blocks.
+        edits: the requests that are edited in, in order.
+
+    Raises:
+        ValueError: for a tokenizer that can't pad.
+    """
+
+    attachment: Attachment
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: BaftConfig,
+        unrelated: Sequence[str] | None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
+        self.edits: list[EditRequest] = []
+        self._unrelated = unrelated
+        self._trainer: Learner | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The method's name in tables."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """The edited blocks, counted from 0."""
+
+    def engine_report(self) -> dict[str, Any]:
+        """How the engine worked so far, for people."""
+        return {}
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        mode: Mode = "sequential",
+        *,
+        on_edit: OnEdit | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[EditOutcome]:
+        """Edit ``requests``.
+
+        ``sequential`` edits one after another, so that all hold at the end; ``batch`` edits all at once, on top of what
+        was edited before; ``single`` tries each alone, as ``edit_each`` does, and leaves the editor as it was: the edit
+        is on only while ``on_edit`` runs, and comes back with ``load_state(outcome.state)``.
+
+        Args:
+            on_edit: called after each edit (of a batch: for each request after all of them), with the edit on.
+            on_step: called after each training step of an edit.
+
+        Returns:
+            One outcome for each request, in order.
+
+        Raises:
+            ValueError: for an unknown mode, a request longer than the model's context, or, with
+                ``positions="subject"``, a request without a subject in its prompt.
+            RuntimeError: if the loss of a batched or sequential edit is no finite number any more.
+        """
+        check_mode(mode)
+        rows = [self._encode(request) for request in requests]
+        if not rows:
+            return []
+        if mode == "single":
+            return try_each(self, requests, on_edit, on_step)
+        trainer = self._begin()
+        past = [self._encode(request) for request in self.edits]
+        outcomes: list[EditOutcome] = []
+
+        def finish(request: EditRequest, curve: Curve) -> None:
+            outcomes.append(EditOutcome(len(outcomes), request, curve))
+            if on_edit:
+                on_edit(outcomes[-1])
+
+        if mode == "batch":
+            with frozen_for_editing(self.model):
+                curve = edit_batch(trainer, rows, on_step)
+            self.edits += requests
+            for request in requests:
+                finish(request, curve)
+            return outcomes
+        for request, row in zip(requests, rows, strict=True):
+            with frozen_for_editing(self.model):
+                curve = edit_next(trainer, row, past, on_step)
+            self.edits.append(request)
+            past.append(row)
+            self._consolidate(trainer, past, on_step)
+            finish(request, curve)
+        return outcomes
+
+    def edit_each(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Iterator[EditOutcome]:
+        """Edit each of ``requests`` alone, from where the editor stands, and leave the editor as it was.
+
+        Raises:
+            ValueError, RuntimeError: as ``edit``.
+        """
+        rows = [self._encode(request) for request in requests]
+        if not rows:
+            return
+        past = [self._encode(request) for request in self.edits]
+        learner, before = self._begin(), self.state()
+        for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            try:
+                with frozen_for_editing(self.model):
+                    curve = edit_next(learner, row, past, on_step)
+                state = self.state()
+            finally:
+                self.load_state(before)
+            yield EditOutcome(index, request, curve, state)
+
+    @abstractmethod
+    def _begin(self) -> Learner:
+        """Make ready for the first edit."""
+
+    @abstractmethod
+    def _make_trainer(self) -> Learner:
+        """The training, with nothing trained yet."""
+
+    def _consolidate(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
+        """By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are."""
+        every = self.config.consolidate_every
+        if every and len(self.edits) % every == 0:
+            with frozen_for_editing(self.model):
+                consolidate(trainer, past, on_step)
+
+    def _encode(self, request: EditRequest) -> Encoded:
+        row = self.encoder.pair(request.prompt, request.target, request.subject)
+        if self.attachment.positions.spec == "subject" and row.subject is None:
+            raise ValueError(
+                f'positions="subject": expected a subject in the prompt {request.prompt!r}, got {request.subject!r}'
+            )
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(row.ids) > limit:
+            raise ValueError(
+                f"prompt: expected at most {limit} tokens with its target, got {len(row.ids)} in {request.prompt!r}"
+            )
+        return row
+
+    def _unrelated_texts(self) -> UnrelatedPool:
+        self._unrelated = self._unrelated or self._write_unrelated()
+        return UnrelatedPool(self._unrelated, self.encoder)
+
+    def _write_unrelated(self) -> list[str]:
+        """Texts that the unedited model writes from nothing: what it knows, in its own words."""
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        ids = torch.full((_SELF_WRITTEN, 1), start, device=self.model.device)
+        with torch.random.fork_rng(), self.disabled(), torch.no_grad():
+            torch.manual_seed(self.config.seed)
+            written = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor or module
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                max_new_tokens=32,
+                pad_token_id=self.encoder.pad_id,
+            )
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            raise ValueError("unrelated: expected texts, since the unedited model wrote none of its own")
+        return texts
+
+    # -- using the edited model ------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Continue one prompt, or each of several, under the edits; greedy by default.
+
+        Args:
+            prompts: a text, or a sequence of texts.
+            options: ``subjects`` (one for each prompt, for ``positions="subject"``), ``adapters`` and ``adapter_ids``
+                (``BaftEditor.bank``, and the number of the edited model that continues each prompt), ``max_new_tokens``
+                (32), ``batch_size`` (64), ``on_batch`` (called after each), and all that transformers' ``generate``
+                takes.
+
+        Returns:
+            The continuation, or a list of them, without the prompts.
+        """
+        if isinstance(prompts, str):
+            return generate_texts(self.model, self.attachment, self.encoder, [prompts], **options)[0]
+        return generate_texts(self.model, self.attachment, self.encoder, prompts, **options)
+
+    def force(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[tuple[list[int], list[int]]]:
+        """Teacher forcing under the edits; see ``baft.engine.generation.force_answers``."""
+        return force_answers(self.model, self.attachment, self.encoder, pairs, **options)
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """The base model, exactly, while this context lasts."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take the editor off the model for good."""
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that editing changes: parameters, optimiser moments, gate usage, random generator."""
+        return {**self.parameters(), **(self._trainer.state() if self._trainer else {})}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Copies of what is trained, as ``layers.{block}.{name}``."""
+        return {name: parameter.detach().clone() for name, parameter in self._own().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go to a state that ``state()`` returned; ``edits`` isn't part of it.
+
+        Raises:
+            ValueError: if its parameters are others than this editor's, by name or by shape.
+        """
+        own = self._own()
+        wanted = {name: list(parameter.shape) for name, parameter in own.items()}
+        got = {name: list(tensor.shape) for name, tensor in state.items() if name.startswith("layers.")}
+        if got != wanted:
+            name = next(name for name in [*wanted, *got] if got.get(name) != wanted.get(name))
+            raise ValueError(f"{name}: expected shape {wanted.get(name)}, got {got.get(name)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        if "generator" in state:
+            self._trainer = self._trainer or self._make_trainer()
+            self._trainer.load_state(state)
+        else:  # it was taken before the first edit
+            self._trainer = None
+
+    @abstractmethod
+    def _own(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, as ``layers.{block}.{name}``."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save what using these edits needs."""
