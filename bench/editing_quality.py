@@ -36,8 +36,8 @@ from baft.baselines.methods import METHODS as ALL_METHODS
 from baft.baselines.methods import make_editor
 from baft.editing import Mode
 from baft.evaluation.measures import Evaluator, Metrics
-from baft.runs.inputs import load_assignment, load_model
 from baft.runs.environment import versions
+from baft.runs.inputs import load_assignment, load_model
 from baft.runs.run import run_edits
 
 RESULTS = Path(__file__).parent / "results"

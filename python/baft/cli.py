@@ -141,8 +141,8 @@ def _agree(words: Any, **given: Any) -> None:
 
 
 def _run(words: Any, folder: Any, log: str | None, as_json: bool) -> None:
+    from baft.report.overview import draw_run
     from baft.runs.logs import open_log
-    from baft.runs.picture import draw_run
     from baft.runs.run import run_edits
     from baft.runs.start import start
 
@@ -163,6 +163,24 @@ def _run(words: Any, folder: Any, log: str | None, as_json: bool) -> None:
     console.report(report, folder)
     if as_json:
         typer.echo(json.dumps(report.results))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page: by default report.html, in the folder of a single run, or here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs as a page of curves, pictures and generated texts, several of them side by side."""
+    from baft.report import write_report
+
+    written = write_report(folders, out)
+    if as_json:
+        typer.echo(json.dumps({"page": str(written.page), "pictures": [str(path) for path in written.pictures]}))
+    else:
+        Console().say("\n".join(f"{path}" for path in (written.page, *written.pictures)))
 
 
 @app.command("eval")

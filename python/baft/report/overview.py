@@ -1,4 +1,4 @@
-"""The picture of a run: the four measures before, right after and at the end, and how edits held over time."""
+"""A run in one picture: the four measures right after each edit and at the end, and how edits held over time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from baft.evaluation.probes import MEASURES
+from baft.report.style import MEASURE_COLOURS, MEASURE_STYLES
 
 __all__ = ["draw_run"]
-
-# Colour-blind safe (Okabe and Ito), one for each measure, the same in both panels.
-_COLOURS = dict(zip(MEASURES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
-
-# Wide lines below narrow ones, so that equal curves stay visible.
-_STYLES: dict[str, dict[str, Any]] = {
-    measure: {"linewidth": width, "marker": marker, "markersize": width + 4}
-    for measure, width, marker in zip(MEASURES, (6, 4, 2, 1), "os^D", strict=True)
-}
 
 
 def draw_run(results: dict[str, Any], path: Path) -> None:
@@ -56,7 +48,7 @@ def _draw_measures(axes: Axes, metrics: dict[str, Any]) -> None:
                 axes.text(x, 0.02, "no data", ha="center", va="bottom", fontsize=8, rotation=90, color="grey")
                 continue
             faint = 0.5 if name == "immediate" and len(moments) == 2 else 1.0
-            axes.bar(x, value, width * 0.94, color=_COLOURS[measure], alpha=faint)
+            axes.bar(x, value, width * 0.94, color=MEASURE_COLOURS[measure], alpha=faint)
             axes.text(x, value + 0.01, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(MEASURES)), MEASURES)
     axes.set_ylim(0, 1.1)
@@ -82,7 +74,7 @@ def _draw_retention(axes: Axes, retention: list[dict[str, Any]]) -> None:
             (n, point[measure]["generation"]) for n, point in zip(edits, retention, strict=True) if point[measure]
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), **_STYLES[measure], color=_COLOURS[measure], label=measure)
+            axes.plot(*zip(*points, strict=True), **MEASURE_STYLES[measure], label=measure)
     axes.set_xscale("log")
     axes.set_xticks(edits, map(str, edits))
     axes.minorticks_off()

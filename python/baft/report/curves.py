@@ -1,0 +1,130 @@
+"""Pictures of one run over its edits: how they hold, what else the model forgets, what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+from baft.evaluation.probes import MEASURES
+from baft.report.picture import Picture, missing, new_figure
+from baft.report.source import Results, RetentionPoint
+from baft.report.style import INK, MEASURE_COLOURS, MEASURE_STYLES, edits_axis
+from baft.report.words import after, duration, percent, size
+
+__all__ = ["general", "memory", "retention", "seconds", "share_axis"]
+
+# So many edits are one point of the curve of time, at least, and so many points has the curve, at most.
+_SMOOTHED, _MOST_POINTS = 10, 100
+
+
+def retention(results: Results) -> Picture:
+    name, title = "retention", "Retention"
+    if not results.retention:
+        return missing(name, title, f"No data: a {results.mode} run has no moments between its edits.")
+    figure = new_figure()
+    axes = figure.add_subplot()
+    points = results.retention
+    for measure in MEASURES:
+        known = [(p.edits, value) for p in points if (value := p.generation(measure)) is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), **MEASURE_STYLES[measure], label=measure)
+    edits_axis(axes, [point.edits for point in points])
+    share_axis(axes)
+    figure.legend(loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.2)
+    last = ", ".join(f"{measure} {percent(points[-1].generation(measure))}" for measure in MEASURES)
+    when = after(points[-1].edits).capitalize()
+    words = f"All edits so far (or a sample), asked again by generation. {when}: {last}."
+    return Picture(name, title, words, figure)
+
+
+def share_axis(axes: Axes) -> None:
+    axes.set_ylim(0, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+
+
+def general(results: Results) -> Picture:
+    """Perplexity on held-out text, as a multiple of the unedited model's."""
+    name, title = "general", "General ability"
+    ratios = [(p.edits, p.general.perplexity / p.general.before) for p in results.retention if p.general]
+    finite = [(edits, ratio) for edits, ratio in ratios if math.isfinite(ratio)]
+    if not finite:
+        why = "every value of this run is infinite" if ratios else "this run didn't measure perplexity on held-out text"
+        return missing(name, title, f"No data: {why}.")
+    figure = new_figure()
+    axes = figure.add_subplot()
+    axes.plot(*zip(*finite, strict=True), color=INK, marker="o", linewidth=1.6)
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    edits_axis(axes, [edits for edits, _ in finite])
+    low, high = min(1.0, *(r for _, r in finite)), max(1.0, *(r for _, r in finite))
+    if high > 5 * low:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(low - 0.1 * max(high - low, 0.5), high + 0.1 * max(high - low, 0.5))
+    axes.set_ylabel("times the unedited model's")
+    words = "Perplexity on held-out text, times the unedited model's: 1 is unharmed, more is worse. "
+    return Picture(name, title, words + f"{after(finite[-1][0]).capitalize()}: {finite[-1][1]:.3g}.", figure)
+
+
+def seconds(results: Results, trained: Sequence[float]) -> Picture:
+    """How long edits train, smoothed, and the time of all editing so far.
+
+    Args:
+        trained: of each edit, its seconds of training.
+    """
+    name, title = "seconds", "Time"
+    if results.mode == "batch" or not trained:
+        return missing(name, title, "No data for each edit: a batch trains all of them together.")
+    together = max(_SMOOTHED, math.ceil(len(trained) / _MOST_POINTS)) if len(trained) >= 4 * _SMOOTHED else 1
+    groups = [trained[k : k + together] for k in range(0, len(trained), together)]
+    middle = [k * together + (len(group) + 1) / 2 for k, group in enumerate(groups)]
+    low, median, high = (np.array([np.quantile(group, q) for group in groups]) for q in (0.1, 0.5, 0.9))
+    totals = [(p.edits, p.seconds) for p in results.retention if p.seconds is not None]
+    figure = new_figure()
+    axes = figure.add_subplot()
+    if together > 1:
+        axes.fill_between(middle, low, high, color=MEASURE_COLOURS["reliability"], alpha=0.25, linewidth=0)
+    axes.plot(middle, median, color=MEASURE_COLOURS["reliability"], linewidth=1.6)
+    axes.set_ylim(bottom=0, top=1.25 * float(np.max(high if together > 1 else median)) or 1.0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("edit")
+    axes.set_ylabel("seconds of training")
+    words = "Seconds that each edit trained. "
+    if together > 1:
+        words = f"Seconds of training, of {together} edits at a time: their median, and the middle 80 %. "
+    if totals:
+        words += f"{after(totals[-1][0]).capitalize()} editing had taken {duration(totals[-1][1])} in all. "
+    return Picture(name, title, words.strip(), figure)
+
+
+def memory(results: Results) -> Picture:
+    name, title = "memory", "Memory"
+    points = [p for p in results.retention if p.memory]
+    if not points:
+        return missing(name, title, "No data: this run didn't measure its memory on the way.")
+    figure = new_figure()
+    axes = figure.add_subplot()
+    said = []
+    for where, colour, marker in (("process", INK, "o"), ("gpu", MEASURE_COLOURS["generality"], "s")):
+        known = [(p.edits, value / 2**20) for p in points if (value := getattr(p.memory, where)) is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=colour, marker=marker, linewidth=1.6, label=_WHERE[where])
+            said.append(f"{_WHERE[where]} {_change(points, where)}")
+    edits_axis(axes, [point.edits for point in points])
+    axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylabel("MiB")
+    figure.legend(loc="outside upper left", ncols=2)
+    return Picture(name, title, f"Memory in use: {'; '.join(said)}.", figure)
+
+
+_WHERE = {"process": "process", "gpu": "GPU"}
+
+
+def _change(points: Sequence[RetentionPoint], where: str) -> str:
+    known = [(p.edits, value) for p in points if (value := getattr(p.memory, where)) is not None]
+    (first, little), (last, much) = known[0], known[-1]
+    return f"{size(little)} {after(first)}" + (f", {size(much)} {after(last)}" if first != last else "")

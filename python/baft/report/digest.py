@@ -1,0 +1,69 @@
+"""One pass over a run's edits, however many: what the page says of all of them, and which of them it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from baft.evaluation.matching import matches
+from baft.evaluation.probes import Measure
+from baft.report.source import EditLine, ProbeLine
+
+__all__ = ["KNOWN_BEFORE", "MOST_EDITS", "Digest", "choose", "digest", "is_right"]
+
+# A page with more edits than this is slow to load; a browser pages through them easily.
+MOST_EDITS = 2000
+
+# What the unedited model already answered is known for these: locality compares with that model itself, and a line
+# doesn't say which of a request's portability questions are the same one in other words.
+KNOWN_BEFORE: tuple[Measure, ...] = ("reliability", "generality")
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a page needs of all edits.
+
+    Attributes:
+        seconds: the time that each edit trained, in order.
+        before: the share of each of ``KNOWN_BEFORE`` that the unedited model answers rightly already.
+        troubled: of each edit, whether it failed at the end, or diverged.
+    """
+
+    seconds: list[float]
+    before: dict[Measure, float | None]
+    troubled: list[bool]
+
+
+def is_right(probes: Iterable[ProbeLine]) -> bool | None:
+    """Whether an edit holds: its own prompt gives its target. None where that wasn't asked."""
+    asked = [probe.generation for probe in probes if probe.measure == "reliability"]
+    return all(asked) if asked else None
+
+
+def digest(edits: Iterable[EditLine]) -> Digest:
+    seconds: list[float] = []
+    troubled: list[bool] = []
+    known: dict[Measure, list[float]] = {measure: [] for measure in KNOWN_BEFORE}
+    for edit in edits:
+        probes = edit.final or edit.immediate
+        seconds.append(edit.training.seconds)
+        troubled.append(edit.training.diverged or is_right(probes) is False)
+        for measure, shares in known.items():
+            asked = [matches(probe.before, probe.answers) for probe in probes if probe.measure == measure]
+            if asked:
+                shares.append(fmean(asked))  # each request counts once, as in the measures themselves
+    return Digest(seconds, {measure: fmean(shares) if shares else None for measure, shares in known.items()}, troubled)
+
+
+def choose(troubled: Sequence[bool], most: int) -> set[int]:
+    """The places of at most ``most`` edits: those in trouble first, then others, each evenly spread over the run."""
+    bad = [place for place, is_bad in enumerate(troubled) if is_bad]
+    good = [place for place, is_bad in enumerate(troubled) if not is_bad]
+    chosen = _evenly(bad, most)
+    return {*chosen, *_evenly(good, most - len(chosen))}
+
+
+def _evenly(places: Sequence[int], most: int) -> list[int]:
+    count = min(len(places), most)
+    return [places[k * len(places) // count] for k in range(count)]

@@ -1,0 +1,71 @@
+"""A run's edits as JSON for the page: each text and each training curve once, and rows of numbers that refer to them.
+
+``page/edits.js`` reads what is written here; the order of the columns is in ``_row`` and ``_probe``, and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from itertools import zip_longest
+from typing import Any
+
+from baft.evaluation.probes import MEASURES
+from baft.report.digest import is_right
+from baft.report.source import EditLine, ProbeLine
+
+__all__ = ["pack"]
+
+
+class _Once:
+    """A list in which each value stands once."""
+
+    def __init__(self) -> None:
+        self._places: dict[Hashable, int] = {}
+
+    def place(self, value: Hashable) -> int:
+        return self._places.setdefault(value, len(self._places))
+
+    @property
+    def values(self) -> list[Hashable]:
+        return list(self._places)
+
+
+def pack(edits: Iterable[EditLine], chosen: set[int]) -> dict[str, Any]:
+    """Those of ``edits`` whose places are ``chosen``, as ``{"texts", "curves", "edits"}``."""
+    texts, curves = _Once(), _Once()
+    rows = [_row(edit, texts, curves) for place, edit in enumerate(edits) if place in chosen]
+    return {"texts": texts.values, "curves": curves.values, "edits": rows}
+
+
+def _row(edit: EditLine, texts: _Once, curves: _Once) -> list[Any]:
+    training = edit.training
+    return [
+        edit.index,
+        edit.id and texts.place(edit.id),
+        texts.place(edit.prompt),
+        texts.place(edit.target),
+        training.steps,
+        training.seconds,
+        "diverged" if training.diverged else "converged" if training.converged else "stopped",
+        curves.place(training.losses),
+        is_right(edit.immediate),
+        is_right(edit.final),
+        [_probe(*moments, texts) for moments in zip_longest(edit.immediate, edit.final)],
+    ]
+
+
+def _probe(immediate: ProbeLine | None, final: ProbeLine | None, texts: _Once) -> list[Any]:
+    """One question; a moment at which it wasn't asked (single edits have no end that holds them all) is null."""
+    question = immediate or final
+    assert question is not None  # zip_longest ends with the longer of the two
+    return [
+        MEASURES.index(question.measure),
+        texts.place(question.kind),
+        texts.place(question.prompt),
+        [texts.place(answer) for answer in question.answers],
+        texts.place(question.before),
+        immediate and texts.place(immediate.text),
+        immediate and immediate.generation,
+        final and texts.place(final.text),
+        final and final.generation,
+    ]

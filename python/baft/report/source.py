@@ -1,0 +1,197 @@
+"""What a report reads of a run: ``results.json`` for the figures, and each edit's line of ``edits.jsonl``.
+
+Only here does the report know files. Fields that older or unfinished runs lack have a default, which the page shows as
+"no data"; everything else has to be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from baft.evaluation.probes import Measure
+from baft.runs.results import EDITS, RESULTS
+
+__all__ = ["EditLine", "Metrics", "ProbeLine", "Results", "RetentionPoint", "RunSource", "Scores", "read_run"]
+
+
+class _Read(BaseModel):
+    """What is read may hold more than a report needs."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Scores(_Read):
+    """One measure: by generation, teacher-forced by token and by whole answer, and by kind of probe."""
+
+    generation: float | None
+    token: float | None
+    sequence: float | None
+    kinds: dict[str, float | None] = {}
+
+
+class Metrics(_Read):
+    """The four measures at one moment; None is a measure that no request has a probe for."""
+
+    reliability: Scores | None
+    generality: Scores | None
+    locality: Scores | None
+    portability: Scores | None
+
+    def scores(self, measure: Measure) -> Scores | None:
+        found: Scores | None = getattr(self, measure)
+        return found
+
+    def generation(self, measure: Measure) -> float | None:
+        scores = self.scores(measure)
+        return scores.generation if scores else None
+
+
+class _Memory(_Read):
+    process: int | None = None
+    gpu: int | None = None
+
+
+class _General(_Read):
+    perplexity: float
+    before: float
+
+
+class RetentionPoint(Metrics):
+    """The measures of the edits so far, after ``edits`` of them, and what the run had cost by then."""
+
+    edits: int
+    general: _General | None = None
+    gates: dict[str, list[float]] | None = None
+    seconds: float | None = None
+    memory: _Memory | None = None
+
+
+class _Moments(_Read):
+    immediate: Metrics
+    final: Metrics | None
+
+
+class _PeakMemory(_Read):
+    peak_bytes: _Memory = _Memory()
+    bytes_per_edit: float | None = None
+
+
+class _Timing(_Read):
+    seconds_per_edit: float | None = None
+    total_seconds: float | None = None
+
+
+class Results(_Read):
+    """The content of ``results.json``."""
+
+    method: str | None = None
+    model: str = "a model"
+    dataset: str = "a data set"
+    protocol: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str | None]
+    backend: str | None = None
+    seed: int
+    edits: int
+    metrics: _Moments
+    retention: list[RetentionPoint]
+    timing: _Timing
+    memory: _PeakMemory
+
+    @property
+    def mode(self) -> str:
+        return str(self.protocol["mode"])
+
+    @property
+    def last(self) -> Metrics:
+        """The measures at the end; of single edits, which have none together, those right after each."""
+        return self.metrics.final or self.metrics.immediate
+
+
+class ProbeLine(_Read):
+    """What the model said to one question; ``generation`` is whether that was right."""
+
+    measure: Measure
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+    text: str
+    before: str
+    generation: bool
+
+
+class _Training(_Read):
+    steps: int
+    converged: bool
+    diverged: bool
+    seconds: float
+    losses: tuple[float | None, ...]
+
+
+class EditLine(_Read):
+    """One edit of a run."""
+
+    index: int
+    id: str | None = None
+    prompt: str
+    target: str
+    training: _Training
+    immediate: list[ProbeLine]
+    final: list[ProbeLine]
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """All that a report needs of a run.
+
+    Attributes:
+        name: what tells the run from others; its folder.
+        results: its figures.
+        edits: gives its edits in order, from the first, each time it is called: there may be more than fit in memory.
+    """
+
+    name: str
+    results: Results
+    edits: Callable[[], Iterator[EditLine]]
+
+
+def read_run(folder: str | Path) -> RunSource:
+    """Read the folder of a finished run.
+
+    Raises:
+        ValueError: if it is none, if the run isn't finished, or if its results are of another format.
+    """
+    folder = Path(folder)
+    results, edits = folder / RESULTS, folder / EDITS
+    if not results.is_file():
+        if edits.is_file():
+            raise ValueError(f"report: expected a finished run, got {folder}, which has edits but no {RESULTS} yet")
+        raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {RESULTS}")
+    if not edits.is_file():
+        raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {EDITS}")
+    try:
+        figures = Results.model_validate_json(results.read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"report: expected the results of a run of this version in {results}, {_first(error)}"
+        ) from error
+    return RunSource(str(folder), figures, lambda: _lines(edits))
+
+
+def _lines(path: Path) -> Iterator[EditLine]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield EditLine.model_validate_json(line)
+            except ValidationError as error:
+                raise ValueError(f"report: expected an edit in line {number} of {path}, {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"got one with {'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg']}"

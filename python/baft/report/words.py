@@ -1,0 +1,109 @@
+"""What a report says in words: what was run, how runs are called, and how they were measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from baft.report.source import Results, RunSource
+
+__all__ = ["after", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
+
+_WITH_RANK = ("BaFT", "LoReFT", "LoRA")
+
+
+def method(results: Results) -> str:
+    """Runs from before there were several methods don't name theirs."""
+    return results.method or ("LoReFT" if results.config.get("gate_fn") == "none" else "BaFT")
+
+
+def labels(runs: Sequence[RunSource]) -> list[str]:
+    """What each run is called: its method and rank, and where that is not enough, its folder."""
+    short = [_called(run.results) for run in runs]
+    folders = [Path(run.name).name for run in runs]
+    for extra in (folders, [run.name for run in runs]):
+        counts = Counter(short)
+        short = [f"{name} ({e})" if counts[name] > 1 else name for name, e in zip(short, extra, strict=True)]
+    return short
+
+
+def _called(results: Results) -> str:
+    name, rank = method(results), results.config.get("rank")
+    return f"{name}, rank {rank}" if rank is not None and name in _WITH_RANK else name
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """What was run, with what, and what it cost, as pairs of a name and a value."""
+    config, timing = results.config, results.timing
+    layers = config.get("layers")
+    known = {
+        "Method": method(results),
+        "Model": results.model,
+        "Data set": results.dataset,
+        "Edits": f"{results.edits:,}, {results.mode}",
+        "Rank": config.get("rank"),
+        "Blocks": layers and ", ".join(map(str, layers)),
+        "Seed": results.seed,
+        "Backend": results.backend,
+        "Time": timing.total_seconds and f"{duration(timing.total_seconds)} in all",
+        "Time per edit": timing.seconds_per_edit and f"{timing.seconds_per_edit:.2f} s",
+        "Memory at most": _memory(results),
+        "Parameters per edit": results.memory.bytes_per_edit and size(results.memory.bytes_per_edit),
+        "Versions": ", ".join(f"{name} {number}" for name, number in results.versions.items() if number),
+    }
+    return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def _memory(results: Results) -> str | None:
+    peak = results.memory.peak_bytes
+    parts = [f"{size(value)} {where}" for value, where in ((peak.process, "(process)"), (peak.gpu, "(GPU)")) if value]
+    return ", ".join(parts) or None
+
+
+def protocol(results: Results) -> list[tuple[str, str]]:
+    """How it was measured, as pairs of a name and a value; what a run doesn't say isn't there."""
+    said = results.protocol
+    generation, forced = said.get("generation", {}), said.get("teacher_forced", {})
+    moments = {
+        "sequential": "right after: each request after its own edit, with what was edited before still on; "
+        "at the end: all of them after the last edit",
+        "batch": "all requests after the whole batch; there is no moment in between",
+        "single": "each request after its own edit, alone; there is no state that holds them all",
+    }
+    length = generation.get("max_new_tokens")
+    known = {
+        "When": moments.get(results.mode),
+        "Generation": generation.get("decoding"),
+        "Length of an answer": length and f"at most {length} tokens; it stops at {generation.get('stop')}",
+        "Right answer": generation.get("match"),
+        "Locality": generation.get("locality"),
+        "Teacher-forced, by token": forced.get("token"),
+        "Teacher-forced, whole answer": forced.get("sequence"),
+        "Teacher-forced locality": forced.get("locality"),
+        "Prompt template": said.get("prompt_template"),
+    }
+    return [(name, str(value)) for name, value in known.items() if value]
+
+
+def after(edits: int) -> str:
+    return f"after {edits:,} edit{'s' if edits != 1 else ''}"
+
+
+def percent(value: float | None) -> str:
+    return "no data" if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
