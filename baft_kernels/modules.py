@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from baft_kernels.arguments import check_gate_fn
 from baft_kernels.backends import resolve_backend
 from baft_kernels.functional import baft, grouped_baft
 from baft_kernels.reference import BaftOutput
-from baft_kernels.stiefel import orthonormal_basis, retract_
+from baft_kernels.stiefel import orthogonal_rows, orthonormal_basis, retract_
 
 __all__ = ["BaftIntervention", "GroupedBaftIntervention"]
 
@@ -70,10 +71,7 @@ class BaftIntervention(nn.Module):
             self.register_parameter("gate", None)
             self.register_parameter("gate_bias", None)
         else:
-            drawn = torch.randn(
-                low_rank_dimension, embed_dim, dtype=torch.float32, device="cpu", generator=generator
-            ) / math.sqrt(embed_dim)
-            self.gate = nn.Parameter(drawn.to(basis))
+            self.gate = nn.Parameter(_drawn_gate(basis, generator))
             self.gate_bias = nn.Parameter(basis.new_zeros(low_rank_dimension))
 
     def forward(self, base: Tensor, source: Tensor | None = None, subspaces: object = None) -> Tensor:
@@ -97,12 +95,53 @@ class BaftIntervention(nn.Module):
             backend=self.backend,
         )
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether bases can be added to the old ones without changing their gates: softmax gates share a sum of 1."""
+        return self.gate_fn != "softmax"
+
+    @torch.no_grad()
+    def grow(self, extra: int, *, generator: torch.Generator | None = None) -> None:
+        """Append bases that are orthogonal to the old ones. They change nothing before they are trained.
+
+        New rows of the source equal those of the basis, new biases are 0, new gates are drawn as the first ones were.
+        All parameters are new tensors then: an optimiser, or a graph that was captured, has the old ones.
+
+        Args:
+            extra: how many.
+            generator: as for a new intervention.
+
+        Raises:
+            ValueError: unless 1 <= extra <= d - r; for softmax gates.
+        """
+        if not self.can_grow:
+            raise ValueError("gate_fn: expected sigmoid or none for bases to be added, got softmax, which sums to 1")
+        rows = orthogonal_rows(self.basis, extra, generator=generator)
+        zeros = rows.new_zeros(extra)
+        new = {"basis": rows, "source": rows, "source_bias": zeros}
+        if self.gate is not None:
+            new |= {"gate": _drawn_gate(rows, generator), "gate_bias": zeros}
+        self.replace({name: torch.cat((parameter, new[name])) for name, parameter in self.named_parameters()})
+
+    def replace(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take others for all parameters, copied, and the rank with them."""
+        for name, parameter in list(self.named_parameters()):
+            value = parameters[name].detach().to(parameter, copy=True)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        self.low_rank_dimension = len(self.basis)
+
     def retract_(self) -> None:
         """Make the basis orthonormal again, after its parameter was changed by anything but ``retract_after_step``."""
         retract_(self.basis)
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, low_rank_dimension={self.low_rank_dimension}, gate_fn={self.gate_fn!r}"
+
+
+def _drawn_gate(basis: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A new gate for the rows of ``basis`` [r, d]."""
+    drawn = torch.randn(basis.shape, dtype=torch.float32, device="cpu", generator=generator)
+    return (drawn / math.sqrt(basis.shape[-1])).to(basis)
 
 
 class GroupedBaftIntervention(nn.Module):

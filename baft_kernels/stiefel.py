@@ -24,6 +24,7 @@ from baft_kernels.packing import repack
 __all__ = [
     "ITERATIONS",
     "NEAR",
+    "orthogonal_rows",
     "orthonormal_basis",
     "orthonormality_error",
     "project_to_tangent",
@@ -62,6 +63,24 @@ def orthonormal_basis(
     u, _, v = torch.linalg.svd(drawn, full_matrices=False)
     basis: Tensor = u @ v
     return basis.to(dtype=dtype, device=torch.get_default_device() if device is None else device)
+
+
+def orthogonal_rows(basis: Tensor, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Uniformly drawn rows [count, d] that are orthonormal, and orthogonal to those of ``basis`` [r, d].
+
+    Like ``orthonormal_basis`` they are drawn on the CPU; they come in ``basis``' dtype, on its device.
+
+    Raises:
+        ValueError: unless 1 <= count <= d - r.
+    """
+    rank, dim = basis.shape
+    if not 1 <= count <= dim - rank:
+        raise ValueError(f"count: expected 1 <= count <= {dim - rank}, what {rank} rows of {dim} leave, got {count}")
+    old = basis.detach().to("cpu", torch.float64)
+    rows = torch.randn(count, dim, dtype=torch.float64, device="cpu", generator=generator)
+    for _ in range(2):  # what the first time leaves along the old rows, for they are rounded, the second one takes
+        rows = _polar_by_svd(rows - rows @ old.mT @ old)
+    return rows.to(basis)
 
 
 def orthonormality_error(basis: Tensor) -> float:

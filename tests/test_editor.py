@@ -219,7 +219,7 @@ def test_the_locality_loss_keeps_unrelated_texts() -> None:
 
 def test_consolidation_goes_over_all_edits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = tiny_editor(
-        consolidate_every=2, consolidation_passes=3, rehearsal=0, locality_weight=0.0, max_steps=1, stop_below=0.0
+        consolidate_every=2, consolidation_steps=3, rehearsal=0, locality_weight=0.0, max_steps=1, stop_below=0.0
     )
     with trained_batches(editor, monkeypatch) as batches:
         editor.edit(REQUESTS[:3])

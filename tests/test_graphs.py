@@ -67,7 +67,7 @@ def losses(outcomes: Sequence[Any]) -> list[list[float]]:
         ("sequential", {"positions": "subject", "layers": (0, 2), "balance_weight": 0.1}),
         ("sequential", {"positions": "subject", "locality_loss": "update", "backend": "reference"}),
         ("sequential", {"locality_weight": 0.0, "gate_fn": "none", "project_gradients": True}),
-        ("sequential", {"consolidate_every": 2, "consolidation_passes": 3, "batch_size": 2, "weight_decay": 0.01}),
+        ("sequential", {"consolidate_every": 2, "consolidation_steps": 6, "batch_size": 2, "weight_decay": 0.01}),
         ("sequential", {"learning_rate": 30.0, "max_steps": 4}),  # some bases are left for the host to retract
         ("batch", {"batch_size": 2, "stop_below": 1.0, "batch_passes": 9}),
         ("batch", {}),

@@ -164,6 +164,51 @@ def test_retraction_makes_the_basis_orthonormal_again() -> None:
     assert intervention.basis._version > version
 
 
+# -- growing --
+
+
+@pytest.mark.parametrize("gate_fn", ["sigmoid", "none"])
+def test_new_bases_change_nothing_until_they_are_trained(gate_fn: str) -> None:
+    intervention, h = trained(gate_fn=gate_fn), hidden(2, 5, 16).double()
+    before, parameters = intervention.to(torch.float64)(h), copy.deepcopy(intervention.state_dict())
+    intervention.grow(4, generator=seeded(3))
+    torch.testing.assert_close(intervention(h), before, rtol=1e-12, atol=1e-12)
+    assert intervention.low_rank_dimension == 7
+    for name, parameter in intervention.named_parameters():
+        assert torch.equal(parameter[:3], parameters[name]), name
+        assert len(parameter) == 7 and parameter.requires_grad, name
+    assert orthonormality_error(intervention.basis) < 1e-6  # the old ones were rounded to float32
+    assert torch.equal(intervention.source[3:], intervention.basis[3:])
+    assert not intervention.source_bias[3:].any()
+    intervention(h).square().sum().backward()
+    assert intervention.source.grad[3:].any(1).all()
+
+
+def test_a_generator_draws_new_bases() -> None:
+    grown = [trained() for _ in range(3)]
+    for intervention, seed in zip(grown, (7, 7, 8), strict=True):
+        intervention.grow(2, generator=seeded(seed))
+    first, again, other = (intervention.state_dict() for intervention in grown)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["basis"], other["basis"])
+    assert not torch.equal(first["gate"], other["gate"])
+
+
+@pytest.mark.parametrize(
+    ("gate_fn", "extra", "message"),
+    [
+        ("sigmoid", 14, "^count: expected 1 <= count <= 13, what 3 rows of 16 leave, got 14$"),
+        ("softmax", 1, "^gate_fn: expected sigmoid or none for bases to be added, got softmax"),
+    ],
+)
+def test_what_can_not_grow(gate_fn: str, extra: int, message: str) -> None:
+    intervention = trained(gate_fn=gate_fn)
+    before = copy.deepcopy(intervention.state_dict())
+    with pytest.raises(ValueError, match=message):
+        intervention.grow(extra)
+    assert all(torch.equal(value, before[name]) for name, value in intervention.state_dict().items())
+
+
 # -- travelling --
 
 

@@ -15,6 +15,7 @@ from baft_kernels import (
     retract_,
     retract_after_step,
 )
+from baft_kernels.stiefel import orthogonal_rows
 
 # Of a float32 basis. Its entries' own rounding leaves about 1e-7.
 TOLERANCE = 5e-7
@@ -90,6 +91,24 @@ def test_the_orthonormality_error_is_the_largest_of_all_entries() -> None:
     bases[1, 2, 2] = 1
     bases[0, 1, 0] = -0.5
     assert orthonormality_error(bases) == 0.5
+
+
+def test_rows_that_are_added_to_a_basis_make_it_a_larger_one() -> None:
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.float64, 1e-14)):
+        for r, extra, d in ((1, 1, 2), (12, 4, 64), (12, 52, 64), (63, 1, 64)):
+            basis = orthonormal_basis(r, d, dtype=dtype, generator=seeded())
+            rows = orthogonal_rows(basis, extra, generator=seeded(1))
+            assert (rows.shape, rows.dtype) == ((extra, d), dtype)
+            assert orthonormality_error(torch.cat((basis, rows))) < tolerance
+            assert torch.equal(rows, orthogonal_rows(basis, extra, generator=seeded(1)))
+            if r + extra < d:  # or there is but one direction to draw
+                assert not torch.allclose(rows, orthogonal_rows(basis, extra, generator=seeded(2)))
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_no_more_rows_than_there_is_room_for(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"^count: expected 1 <= count <= 4, what 12 rows of 16 leave, got {count}$"):
+        orthogonal_rows(orthonormal_basis(12, 16), count)
 
 
 # -- retraction --

@@ -105,6 +105,11 @@ class Attachment:
         for layer in self.interventions:
             self._handles.append(blocks.modules[layer].register_forward_hook(self._edit_block(layer)))
 
+    @property
+    def rank(self) -> int:
+        """The number of bases in each edited block."""
+        return next(iter(self.interventions.values())).low_rank_dimension
+
     def remove(self) -> None:
         """Take the interventions off the model for good."""
         for handle in self._handles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from baft.positions import Positions
 
@@ -51,11 +51,23 @@ class BaftConfig(BaseModel):
         unrelated_per_step: texts drawn for the locality loss of a step.
         balance_weight: of the incremental load balancing of the bases.
 
+        smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
+            to 1: see ``baft.objective.smoothed_nll``.
         stop_below: an edit is done when its loss (mean over the target's tokens) is below this.
         max_steps: steps for a request in single and sequential mode.
         rehearsal: earlier requests drawn into each of these steps.
-        consolidate_every: in sequential mode, after every so many edits, go over all of them again; 0 never does.
-        consolidation_passes: how often each time; the learning rates fall along a cosine meanwhile.
+        rehearsal_buffer: how many requests (or chunks) these are drawn from, a sample of all so far; None takes all.
+        consolidate_every: in sequential mode, after every so many edits, go over earlier ones again; 0 never does.
+        consolidation_steps: how many steps each time, at most; the learning rates fall along a cosine meanwhile. Those
+            edited since the last time come first, then all others in rounds, each of which goes on where the last
+            consolidation left it. It ends early with a whole round that finds all losses below ``stop_below``.
+        chunk_tokens: longer targets are edited in chunks of so many tokens, each behind those before it; ``max_steps``
+            is then for each chunk. None edits each target whole.
+        grow_every: in sequential mode, after every so many edits, add ``grow_by`` bases to each block, orthogonal to
+            the old ones and with gates that start closed; 0 never does.
+        grow_by: how many bases each time.
+        max_rank: a rank beyond which nothing grows; None grows up to the model's width.
+        growth_gate_bias: ``gate_bias`` of the gates of added bases.
         batch_size: requests in a step of batch mode and of consolidation.
         batch_passes: passes over all requests in batch mode, at most.
     """
@@ -84,11 +96,18 @@ class BaftConfig(BaseModel):
     unrelated_per_step: Count = 48
     balance_weight: Weight = 0.0
 
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop_below: Weight = 0.05
     max_steps: AtLeastOne = 10
     rehearsal: Count = 31
+    rehearsal_buffer: AtLeastOne | None = None
     consolidate_every: Count = 25
-    consolidation_passes: Count = 20
+    consolidation_steps: Count = 40
+    chunk_tokens: AtLeastOne | None = None
+    grow_every: Count = 0
+    grow_by: AtLeastOne = 16
+    max_rank: AtLeastOne | None = None
+    growth_gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -4.0
     batch_size: AtLeastOne = 32
     batch_passes: AtLeastOne = 60
 
@@ -103,3 +122,14 @@ class BaftConfig(BaseModel):
         if value.count("{prompt}") != 1:
             raise ValueError(f"prompt_template: expected {{prompt}} once in it, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> BaftConfig:
+        if self.max_rank is not None and self.max_rank < self.rank:
+            raise ValueError(f"max_rank: expected at least rank = {self.rank}, got {self.max_rank}")
+        if self.grow_every and self.gate_fn == "softmax":
+            raise ValueError(
+                "grow_every: expected 0 with softmax gates, which share a sum of 1: new ones would take from the old, "
+                f"got {self.grow_every}"
+            )
+        return self

@@ -17,7 +17,9 @@ from baft.bank import AdapterBank
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode
 from baft.engine.abreast import EditsAbreast
-from baft.engine.calibration import calibrate_gates
+from baft.engine.encoding import Encoded
+from baft.engine.growth import grow, set_new_gates
+from baft.engine.learner import Learner
 from baft.engine.modes import evaluating, frozen_for_editing
 from baft.engine.options import EngineOptions
 from baft.engine.passes import Passes
@@ -29,9 +31,6 @@ from baft.trained import TrainedEditor
 from baft_kernels import BaftIntervention
 
 __all__ = ["BaftEditor", "EditOutcome", "Mode"]
-
-# Texts that the gates are calibrated on.
-_CALIBRATION_TEXTS = 256
 
 
 class BaftEditor(TrainedEditor):
@@ -53,8 +52,8 @@ class BaftEditor(TrainedEditor):
         edits: the requests that are edited in, in order.
 
     Raises:
-        ValueError: for blocks that can't be found, a layer out of range, a rank above the model's width, a tokenizer
-            that can't pad.
+        ValueError: for blocks that can't be found, a layer out of range, a rank (or ``max_rank``) above the model's
+            width, a tokenizer that can't pad.
     """
 
     _trainer: Trainer | None
@@ -71,6 +70,9 @@ class BaftEditor(TrainedEditor):
         config = config or BaftConfig()
         super().__init__(model, tokenizer, config, unrelated)
         blocks = find_blocks(model, config.blocks)
+        self._highest_rank = blocks.width if config.max_rank is None else config.max_rank
+        if self._highest_rank > blocks.width:
+            raise ValueError(f"max_rank: expected at most {blocks.width}, the model's width, got {config.max_rank}")
         generator = torch.Generator().manual_seed(config.seed)
         interventions: dict[int, BaftIntervention] = {}
         for layer in resolve_layers(config.layers, len(blocks.modules)):
@@ -107,11 +109,10 @@ class BaftEditor(TrainedEditor):
         Raises:
             ValueError: as ``edit``.
         """
-        rows = [self._encode(request) for request in requests]
+        rows = [self._chunks(request) for request in requests]
         if not rows:
             return
-        past = [self._encode(request) for request in self.edits]
-        edits = EditsAbreast(self._begin(), rows, past, self._options.slots)
+        edits = EditsAbreast(self._begin(), rows, self._history.rows(), self._options.slots)
         while edits.left:
             with frozen_for_editing(self.model):
                 finished = edits.advance(on_step)
@@ -141,15 +142,16 @@ class BaftEditor(TrainedEditor):
             return self._trainer
         with evaluating(self.model):
             self._trainer = trainer = self._make_trainer()
-            calibrate_gates(
-                self.model,
-                self.attachment,
-                self.encoder,
-                trainer.unrelated.draw(_CALIBRATION_TEXTS, torch.Generator().manual_seed(self.config.seed)),
-                scale=self.config.gate_scale,
-                bias=self.config.gate_bias,
-            )
+        set_new_gates(trainer, self.config.gate_bias)
         return trainer
+
+    def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
+        """Growth before consolidation, which then puts the new bases to use."""
+        every = self.config.grow_every
+        if every and len(self.edits) % every == 0:
+            assert isinstance(trainer, Trainer)
+            grow(trainer, self._highest_rank)
+        super()._tend(trainer, past, on_step)
 
     def _make_trainer(self) -> Trainer:
         pool = self._unrelated_texts()
@@ -181,6 +183,26 @@ class BaftEditor(TrainedEditor):
 
     def _own(self) -> Mapping[str, nn.Parameter]:
         return {f"layers.{name}": parameter for name, parameter in self.interventions.named_parameters()}
+
+    def _shapes_in(self, state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """As the interventions have them, but for the rank, where growth may have led to another one."""
+        rank = self._rank_of(state)
+        return {name: [rank, *shape[1:]] for name, shape in super()._shapes_in(state).items()}
+
+    def _rank_of(self, state: Mapping[str, Tensor]) -> int:
+        own, config = self.attachment.rank, self.config
+        got = next((len(value) for name, value in state.items() if name.endswith(".basis")), own)
+        return got if config.grow_every and config.rank <= got <= self._highest_rank else own
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        if self._rank_of(state) == self.attachment.rank:
+            super()._take(state)
+            return
+        for layer, intervention in self.attachment.interventions.items():
+            prefix = f"layers.{layer}."
+            intervention.replace({name.removeprefix(prefix): value for name, value in state.items()})
+        if self._trainer:
+            self._trainer.renew()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save everything that using and continuing these edits needs; see ``baft.storage`` for the files.

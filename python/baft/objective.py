@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["answer_nll", "balance", "kl_to_base", "mean_of", "relative_update", "sum_of"]
+__all__ = ["answer_nll", "balance", "kl_to_base", "mean_of", "relative_update", "smoothed_nll", "sum_of"]
+
+# Of a prediction that is mixed into a target: less likely than this, compared with the likeliest token, is noise.
+_PLAUSIBLE = 0.01
 
 
 def mean_of(values: Tensor, counts: Tensor) -> Tensor:
@@ -27,6 +30,35 @@ def sum_of(values: Tensor, counts: Tensor) -> Tensor:
 def answer_nll(logits: Tensor, wanted: Tensor) -> Tensor:
     """Negative log-likelihood of each wanted token: logits [M, V], wanted [M] -> [M], float32."""
     return F.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def smoothed_nll(logits: Tensor, wanted: Tensor, smoothing: float, enough: float) -> Tensor:
+    """``answer_nll``, but for tokens that are predicted already: those are drawn to a softer target, and then let be.
+
+    ``max(KL(q || p), enough)`` where the wanted token is the likeliest one, with p the prediction and
+    ``q = (1 - smoothing) one_hot(wanted) + smoothing p'``, a constant; p' is p over the tokens with at least 0.01 of
+    the likeliest one's probability, rescaled. So the tokens of a target that are certain don't become more so while
+    the others are learned. The idea is OverTone's (arXiv 2502.00602); this form of it is ours.
+
+    Args:
+        logits: [M, V].
+        wanted: [M].
+        smoothing: from 0, which gives ``answer_nll``, to 1.
+        enough: a divergence up to which there is no gradient.
+
+    Returns:
+        [M], float32.
+    """
+    nll = answer_nll(logits, wanted)
+    if smoothing == 0:
+        return nll
+    predicted = logits.detach().float().softmax(-1)
+    highest, likeliest = predicted.max(-1)
+    plausible = predicted.masked_fill(predicted < _PLAUSIBLE * highest.unsqueeze(-1), 0.0)
+    own = plausible / plausible.sum(-1, keepdim=True)
+    target = smoothing * own + (1 - smoothing) * F.one_hot(wanted, logits.shape[-1])
+    divergence = F.kl_div(F.log_softmax(logits.float(), -1), target, reduction="none").sum(-1)
+    return torch.where(likeliest == wanted, divergence.clamp(min=enough), nll)
 
 
 def balance(earlier_usage: Tensor, usage: Tensor) -> Tensor:

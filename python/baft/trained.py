@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, check_mode, try_each
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.generation import force_answers, generate_texts
+from baft.engine.history import Chunks, History
 from baft.engine.learner import Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
@@ -41,7 +42,6 @@ class TrainedEditor(ABC):
 
     Attributes:
         attachment: what the subclass puts on the model's blocks.
-        edits: the requests that are edited in, in order.
 
     Raises:
         ValueError: for a tokenizer that can't pad.
@@ -60,7 +60,7 @@ class TrainedEditor(ABC):
         self.tokenizer = tokenizer
         self.config = config
         self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
-        self.edits: list[EditRequest] = []
+        self._history = History(self._chunks)
         self._unrelated = unrelated
         self._trainer: Learner | None = None
 
@@ -73,6 +73,15 @@ class TrainedEditor(ABC):
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
         """The edited blocks, counted from 0."""
+
+    @property
+    def edits(self) -> list[EditRequest]:
+        """The requests that are edited in, in order; who goes back by ``load_state`` takes back the last ones here."""
+        return self._history.requests
+
+    @edits.setter
+    def edits(self, requests: Sequence[EditRequest]) -> None:
+        self._history.requests = list(requests)
 
     def engine_report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""
@@ -107,14 +116,19 @@ class TrainedEditor(ABC):
             RuntimeError: if the loss of a batched or sequential edit is no finite number any more.
         """
         check_mode(mode)
-        rows = [self._encode(request) for request in requests]
+        rows = [self._chunks(request) for request in requests]
         if not rows:
             return []
         if mode == "single":
             return try_each(self, requests, on_edit, on_step)
         trainer = self._begin()
-        past = [self._encode(request) for request in self.edits]
+        past = self._history.rows()
+        trainer.remember(past)
         outcomes: list[EditOutcome] = []
+
+        def keep(request: EditRequest, chunks: Chunks) -> None:
+            self._history.add(request, chunks)
+            trainer.remember(past)
 
         def finish(request: EditRequest, curve: Curve) -> None:
             outcomes.append(EditOutcome(len(outcomes), request, curve))
@@ -124,16 +138,16 @@ class TrainedEditor(ABC):
         if mode == "batch":
             with frozen_for_editing(self.model):
                 curve = edit_batch(trainer, rows, on_step)
-            self.edits += requests
+            for request, chunks in zip(requests, rows, strict=True):
+                keep(request, chunks)
             for request in requests:
                 finish(request, curve)
             return outcomes
-        for request, row in zip(requests, rows, strict=True):
+        for request, chunks in zip(requests, rows, strict=True):
             with frozen_for_editing(self.model):
-                curve = edit_next(trainer, row, past, on_step)
-            self.edits.append(request)
-            past.append(row)
-            self._consolidate(trainer, past, on_step)
+                curve = edit_next(trainer, chunks, past, on_step)
+            keep(request, chunks)
+            self._tend(trainer, past, on_step)
             finish(request, curve)
         return outcomes
 
@@ -143,15 +157,15 @@ class TrainedEditor(ABC):
         Raises:
             ValueError, RuntimeError: as ``edit``.
         """
-        rows = [self._encode(request) for request in requests]
+        rows = [self._chunks(request) for request in requests]
         if not rows:
             return
-        past = [self._encode(request) for request in self.edits]
+        past = self._history.rows()
         learner, before = self._begin(), self.state()
-        for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
+        for index, (request, chunks) in enumerate(zip(requests, rows, strict=True)):
             try:
                 with frozen_for_editing(self.model):
-                    curve = edit_next(learner, row, past, on_step)
+                    curve = edit_next(learner, chunks, past, on_step)
                 state = self.state()
             finally:
                 self.load_state(before)
@@ -165,12 +179,18 @@ class TrainedEditor(ABC):
     def _make_trainer(self) -> Learner:
         """The training, with nothing trained yet."""
 
-    def _consolidate(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
-        """By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are."""
+    def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
+        """What is due after an edit of a sequence.
+
+        By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are.
+        """
         every = self.config.consolidate_every
         if every and len(self.edits) % every == 0:
             with frozen_for_editing(self.model):
                 consolidate(trainer, past, on_step)
+
+    def _chunks(self, request: EditRequest) -> Chunks:
+        return in_chunks(self._encode(request), self.config.chunk_tokens)
 
     def _encode(self, request: EditRequest) -> Encoded:
         row = self.encoder.pair(request.prompt, request.target, request.subject)
@@ -259,20 +279,27 @@ class TrainedEditor(ABC):
         Raises:
             ValueError: if its parameters are others than this editor's, by name or by shape.
         """
-        own = self._own()
-        wanted = {name: list(parameter.shape) for name, parameter in own.items()}
+        wanted = self._shapes_in(state)
         got = {name: list(tensor.shape) for name, tensor in state.items() if name.startswith("layers.")}
         if got != wanted:
             name = next(name for name in [*wanted, *got] if got.get(name) != wanted.get(name))
             raise ValueError(f"{name}: expected shape {wanted.get(name)}, got {got.get(name)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        self._take(state)
         if "generator" in state:
             self._trainer = self._trainer or self._make_trainer()
             self._trainer.load_state(state)
         else:  # it was taken before the first edit
             self._trainer = None
+
+    def _shapes_in(self, state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """The shapes that the parameters must have in a state, by name."""
+        return {name: list(parameter.shape) for name, parameter in self._own().items()}
+
+    @torch.no_grad()
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters of a state that was looked at."""
+        for name, parameter in self._own().items():
+            parameter.copy_(state[name])
 
     @abstractmethod
     def _own(self) -> Mapping[str, nn.Parameter]:

@@ -85,8 +85,12 @@ class PlainTrainer(Learner):
             weight.requires_grad_(True)
         try:
             logits = logits_of(self.model, batch)
-            per_edit = answer_losses(logits[:count], batch.labels[:count])
-            loss = per_edit.mean()
+            per_edit = taught = answer_losses(logits[:count], batch.labels[:count])
+            if self.config.smoothing > 0:
+                taught = answer_losses(
+                    logits[:count], batch.labels[:count], self.config.smoothing, self.config.stop_below
+                )
+            loss = taught.mean()
             if base is not None:
                 change = objective.kl_to_base(logits[count:][tokens], base)
                 loss = loss + self.config.locality_weight * change.mean()
@@ -101,16 +105,15 @@ class PlainTrainer(Learner):
     def count_usage(self, edits: Sequence[Encoded]) -> None:
         """Weights have no gates whose load is to be balanced."""
 
-    def state(self) -> dict[str, Tensor]:
-        moments = {
+    def moments(self) -> dict[str, Tensor]:
+        return {
             f"optimizer.{name}.{key}": value.clone()
             for name, weight in self._weights.items()
             for key, value in self._optimizer.state[weight].items()
         }
-        return {**moments, "generator": self.generator.get_state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        super().load_state(state)
         moments = {
             index: {key: state[f"optimizer.{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
             for index, name in enumerate(self._weights)
@@ -125,9 +128,9 @@ def logits_of(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     return logits
 
 
-def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each row's mean negative log-likelihood of its labels: [E, S, V], [E, S] -> [E], float32."""
+def answer_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, enough: float = 0.0) -> Tensor:
+    """Each row's mean of ``objective.smoothed_nll`` over its labels: [E, S, V], [E, S] -> [E], float32."""
     wanted = labels[:, 1:]
     answers = wanted != IGNORED
-    nll = objective.answer_nll(logits[:, :-1][answers], wanted[answers])
+    nll = objective.smoothed_nll(logits[:, :-1][answers], wanted[answers], smoothing, enough)
     return objective.mean_of(nll, answers.sum(-1))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from baft.engine.encoding import Encoded
+from baft.engine.history import Chunks
 from baft.engine.memory import slots_that_fit
-from baft.engine.schedule import Curve, OnStep
+from baft.engine.schedule import Curve, OnStep, Progress
 from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, TrainingStep
 from baft.engine.trainer import Trainer
@@ -37,7 +38,7 @@ class _Slot:
 
     request: int
     generator: torch.Generator
-    curve: Curve = field(default_factory=Curve)
+    progress: Progress
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -58,7 +59,7 @@ class EditsAbreast:
     """
 
     def __init__(
-        self, trainer: Trainer, requests: Sequence[Encoded], past: Sequence[Encoded], slots: int | None
+        self, trainer: Trainer, requests: Sequence[Chunks], past: Sequence[Encoded], slots: int | None
     ) -> None:
         self._trainer = trainer
         self._requests = requests
@@ -98,13 +99,14 @@ class EditsAbreast:
             return []
         finished, first = [], 0
         for (number, slot), lesson in zip(busy, lessons, strict=True):
-            ended = slot.curve.add(losses[first], self._trainer.config)
+            progress = slot.progress
+            progress.add(losses[first : first + len(progress.taught)])
             first += len(lesson.edits)
             if on_step:
-                on_step(slot.curve.steps, self._trainer.config.max_steps, slot.curve.losses[-1])
-            if ended:
+                on_step(progress.curve.steps, progress.steps, progress.curve.losses[-1])
+            if progress.over:
                 finished.append(self._leave(number, slot))
-        if not self._planned and all(slot.curve.steps > 1 for _, slot in busy):
+        if not self._planned and all(slot.progress.curve.steps > 1 for _, slot in busy):
             self._plan(len(busy), self._memory() - before)
         return finished
 
@@ -131,28 +133,30 @@ class EditsAbreast:
                 generator = torch.Generator()
                 generator.set_state(self._origin["generator"])
                 self._step.sets.load(self._origin, number)
-                self._slots[number] = _Slot(self._waiting.popleft(), generator)
+                request = self._waiting.popleft()
+                progress = Progress(self._requests[request], self._trainer.config)
+                self._slots[number] = _Slot(request, generator, progress)
 
     def _length(self, request: int) -> int:
-        return len(self._requests[request].ids)
+        return len(self._requests[request][-1].ids)
 
     def _lesson(self, number: int, slot: _Slot) -> Lesson:
-        request = self._requests[slot.request]
-        lesson = self._trainer.lesson([request], self._past, generator=slot.generator, set=number)
-        if slot.curve.steps == 0 and self._from_identity:
+        taught = slot.progress.taught
+        lesson = self._trainer.lesson(taught, self._past, generator=slot.generator, set=number)
+        if slot.progress.curve.steps == 0 and self._from_identity:
             # The model is still the unedited one, where the locality losses have their minimum: no gradient.
             return replace(lesson, unrelated=())
         return lesson
 
     def _leave(self, number: int, slot: _Slot) -> Finished:
         assert self._step is not None
-        slot.curve.seconds = time.perf_counter() - slot.start
+        slot.progress.curve.seconds = time.perf_counter() - slot.start
         self._slots[number] = None
         state = {**self._origin, **self._step.sets.state(number), "generator": slot.generator.get_state()}
         if self._trainer.config.balance_weight > 0:
-            for layer, usage in self._step.usage_of([self._requests[slot.request]], number).items():
+            for layer, usage in self._step.usage_of(self._requests[slot.request][-1:], number).items():
                 state[f"usage.{layer}"] = state[f"usage.{layer}"] + usage
-        return Finished(slot.request, slot.curve, state)
+        return Finished(slot.request, slot.progress.curve, state)
 
     # -- how many --------------------------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class EditsAbreast:
         """Cells of the grid that one request's lesson takes, about."""
         generator = torch.Generator()
         generator.set_state(self._origin["generator"])
-        lesson = self._trainer.lesson(self._requests[:1], self._past, generator=generator)
+        lesson = self._trainer.lesson(self._requests[0], self._past, generator=generator)
         return sum(len(text.ids) for text in (*lesson.edits, *lesson.unrelated))
 
     def _memory(self, *, reset: bool = False) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from baft.engine.graphs import Graphs
 from baft.engine.learner import DivergedError, Ended, Plan, Planned
@@ -27,8 +26,10 @@ class StepTaker(Protocol):
 
     step: TrainingStep
     graphs: Graphs
-    generator: torch.Generator
     ahead: int
+
+    def mark(self) -> object: ...
+    def back_to(self, mark: Any) -> None: ...
 
 
 class _Begun:
@@ -37,13 +38,13 @@ class _Begun:
     Args:
         trainer: takes it.
         planned: the step.
-        generator: the random generator's state before the step was planned.
+        before: the trainer's mark before the step was planned.
     """
 
-    def __init__(self, trainer: StepTaker, planned: Planned, generator: Tensor) -> None:
+    def __init__(self, trainer: StepTaker, planned: Planned, before: object) -> None:
         self._planned = planned
         self._trainer = trainer
-        self.generator = generator
+        self.before = before
         self.take()
 
     def take(self) -> None:
@@ -85,12 +86,12 @@ def take_steps(trainer: StepTaker, plan: Plan, ended: Ended) -> None:
     left = True
     while left or begun:
         if left:
-            generator = trainer.generator.get_state()
+            before = trainer.mark()
             planned = plan(number)
             if planned is None:
                 left = False
             else:
-                begun.append(_Begun(trainer, planned, generator))
+                begun.append(_Begun(trainer, planned, before))
                 number += 1
         if left and len(begun) <= trainer.ahead:
             continue
@@ -106,7 +107,7 @@ def take_steps(trainer: StepTaker, plan: Plan, ended: Ended) -> None:
                     later.take()
         known += 1
         if over and begun:
-            trainer.generator.set_state(begun[0].generator)
+            trainer.back_to(begun[0].before)
         if not math.isfinite(loss):
             raise DivergedError(loss, known)
         if over:

@@ -24,9 +24,10 @@ def calibrate_gates(
     *,
     scale: float,
     bias: float,
+    first: int = 0,
 ) -> None:
-    """Give every gate's logit ``z = G h + c`` mean ``bias`` and standard deviation ``scale`` over the tokens of
-    ``texts``.
+    """Give the logits ``z = G h + c`` of every gate from number ``first`` on the mean ``bias`` and the standard
+    deviation ``scale`` over the tokens of ``texts``.
 
     Hidden vectors differ by orders of magnitude between models, layers and directions. A gate drawn without looking
     would be stuck open, stuck shut or linear; calibrated, it cuts the model's own inputs in two, and different ones
@@ -53,8 +54,8 @@ def calibrate_gates(
     for layer, intervention in attachment.interventions.items():
         if intervention.gate is None:
             continue
-        h = inputs[layer].to(intervention.gate)
-        logits = h @ intervention.gate.T
+        gate = intervention.gate[first:]
+        logits = inputs[layer].to(gate) @ gate.T
         factor = scale / logits.std(0).clamp(min=1e-12)
-        intervention.gate.mul_(factor.unsqueeze(-1))
-        intervention.gate_bias.copy_(bias - factor * logits.mean(0))
+        gate.mul_(factor.unsqueeze(-1))
+        intervention.gate_bias[first:] = bias - factor * logits.mean(0)

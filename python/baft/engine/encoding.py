@@ -11,27 +11,52 @@ from transformers import PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "in_chunks"]
 
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sequence: ``ids`` whose first ``prompt_length`` are the prompt, and the subject's columns, if known.
+    """One sequence: a prompt and what follows it.
 
-    A subject "" is known not to be there: no columns.
+    Attributes:
+        ids: its tokens.
+        prompt_length: how many of them, the first, are the prompt.
+        subject: the subject's columns, first and last + 1; None if unknown. A subject "" is known not to be there: no
+            columns.
+        given: how many tokens behind the prompt are given as the prompt is, and not learned.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     subject: tuple[int, int] | None = None
+    given: int = 0
+
+    @property
+    def answer_start(self) -> int:
+        """The column of the first token that is learned; those behind it are, too."""
+        return self.prompt_length + self.given
+
+
+def in_chunks(row: Encoded, size: int | None) -> tuple[Encoded, ...]:
+    """``row`` as one for each ``size`` tokens of what follows its prompt, each behind all that comes before it.
+
+    A long text is edited so: each chunk is what a model says that has said the earlier ones (after arXiv 2502.05628).
+    """
+    if size is None:
+        return (row,)
+    length = len(row.ids) - row.prompt_length
+    return tuple(
+        Encoded(row.ids[: row.prompt_length + first + size], row.prompt_length, row.subject, first)
+        for first in range(0, length, size)
+    )
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch; all tensors [B, S]. ``labels`` are the ids behind the prompt, and IGNORED elsewhere."""
+    """A padded batch; all tensors [B, S]. ``labels`` are the ids that are learned, and IGNORED elsewhere."""
 
     ids: Tensor
     attention_mask: Tensor
@@ -124,8 +149,9 @@ class Encoder:
         for index, row in enumerate(rows):
             start = 0 if side == "right" else width - len(row.ids)
             end, split = start + len(row.ids), start + row.prompt_length
+            learned = start + row.answer_start
             ids[index, start:end] = torch.tensor(row.ids)
-            labels[index, split:end] = ids[index, split:end]
+            labels[index, learned:end] = ids[index, learned:end]
             mask[index, start:end] = 1
             prompt[index, start:split] = True
             if row.subject is not None:

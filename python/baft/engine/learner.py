@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from baft.config import BaftConfig
+from baft.engine.draws import Reservoir, Walk, draw_indices
 from baft.engine.encoding import Encoded
 from baft.engine.step import Lesson
-from baft.engine.unrelated import UnrelatedPool, draw_indices
+from baft.engine.unrelated import UnrelatedPool
 
 __all__ = ["DivergedError", "Ended", "Learner", "Plan", "Planned"]
 
@@ -48,7 +50,7 @@ class Planned:
 
 
 Plan = Callable[[int], Planned | None]
-"""The step with a number from 0, drawn by the learner's generator; None behind the last."""
+"""The step with a number from 0, all that it draws being the learner's; None behind the last."""
 
 Ended = Callable[[Sequence[float]], bool]
 """Told the losses that each step found of its edits, in order; says whether that ends the edit."""
@@ -63,12 +65,15 @@ class Learner(ABC):
 
     Attributes:
         generator: of all that is drawn.
+        walk: how far consolidation is through the history.
     """
 
     def __init__(self, config: BaftConfig, unrelated: UnrelatedPool) -> None:
         self.config = config
         self.unrelated = unrelated
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.walk = Walk()
+        self._reservoir = None if config.rehearsal_buffer is None else Reservoir(config.rehearsal_buffer)
 
     def lesson(
         self,
@@ -80,9 +85,27 @@ class Learner(ABC):
     ) -> Lesson:
         """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured."""
         generator = generator or self.generator
-        rehearsed = [past[i] for i in draw_indices(len(past), self.config.rehearsal, generator)] if past else []
+        rehearsed: list[Encoded] = []
+        if past:
+            sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
+            rehearsed = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
         return Lesson([*new, *rehearsed], self.unrelated.draw(wanted, generator), set)
+
+    def remember(self, past: Sequence[Encoded]) -> None:
+        """Let all of ``past`` be rehearsed from now on, or have their chance of it."""
+        if self._reservoir is not None:
+            self._reservoir.join(len(past), self.generator)
+
+    def mark(self) -> object:
+        """What has been drawn so far, for ``back_to``."""
+        return self.generator.get_state(), self.walk.mark()
+
+    def back_to(self, mark: Any) -> None:
+        """Take back what was drawn since ``mark``."""
+        generator, walk = mark
+        self.generator.set_state(generator)
+        self.walk.back_to(walk)
 
     @abstractmethod
     def take_steps(self, plan: Plan, ended: Ended) -> None:
@@ -98,10 +121,22 @@ class Learner(ABC):
     def count_usage(self, edits: Sequence[Encoded]) -> None:
         """Be told which edits are done, in case it matters what they used."""
 
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """What continuing after a save and load needs besides the parameters, as copies."""
+        return {**self.moments(), **self.course()}
 
     @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """Of that, the optimiser's part."""
+
+    def course(self) -> dict[str, Tensor]:
+        """And the rest: the random generator, and what was drawn by it and is still to be used."""
+        reservoir = self._reservoir.state() if self._reservoir else {}
+        return {**self.walk.state(), **reservoir, "generator": self.generator.get_state()}
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what ``state`` returned."""
+        self.generator.set_state(state["generator"].cpu())
+        self.walk.load_state(state)
+        if self._reservoir:
+            self._reservoir.load_state(state)

@@ -151,7 +151,7 @@ class Passes:
         return PassInputs(
             grid=grid,
             answer_cells=sent_cells(
-                [c for k, t in enumerate(edits) for c in grid.cells(k, t.prompt_length - 1, len(t.ids) - 1)]
+                [c for k, t in enumerate(edits) for c in grid.cells(k, t.answer_start - 1, len(t.ids) - 1)]
             ),
             edit_cells=sent_cells(_all_cells(grid, edits, 0)),
             unrelated_cells=unrelated_cells,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baft.config import BaftConfig
+from baft.engine.draws import Stretch, Walk
 from baft.engine.encoding import Encoded
+from baft.engine.history import Chunks
 from baft.engine.learner import Learner, Planned
-from baft.engine.unrelated import draw_indices
 
-__all__ = ["Curve", "OnStep", "consolidate", "edit_batch", "edit_next"]
+__all__ = ["Curve", "OnStep", "Progress", "consolidate", "edit_batch", "edit_next"]
 
 OnStep = Callable[[int, int, float], None]
 """Called after every step with (step, steps at most, mean loss of the step's edits)."""
@@ -23,7 +25,7 @@ class Curve:
     """How an edit trained.
 
     Attributes:
-        losses: the edit loss before each step; of a batch, its mean over each pass.
+        losses: the edit loss before each step, chunk after chunk; of a batch, its mean over each pass.
         steps: optimiser steps taken.
         converged: whether it stopped because the loss was low enough, and not because the steps were used up.
         diverged: whether it stopped because the loss was no finite number any more.
@@ -36,82 +38,123 @@ class Curve:
     diverged: bool = False
     seconds: float = 0.0
 
-    def add(self, loss: float, config: BaftConfig) -> bool:
-        """Note the loss that a step of a single request found; returns whether the edit ends with this step."""
-        self.steps += 1
-        self.losses.append(loss)
-        self.converged = loss < config.stop_below
-        self.diverged = not math.isfinite(loss)
-        return self.converged or self.diverged or self.steps == config.max_steps
+
+class Progress:
+    """How far the edit of one request is: which chunk of its target is trained, together with those before it.
+
+    Args:
+        chunks: of the request.
+        config: how long each is trained.
+
+    Attributes:
+        curve: how it went so far.
+        steps: optimiser steps that it takes at most.
+    """
+
+    def __init__(self, chunks: Chunks, config: BaftConfig) -> None:
+        self.curve = Curve()
+        self.steps = config.max_steps * len(chunks)
+        self._chunks = chunks
+        self._config = config
+        self._chunk = self._steps = 0
+
+    @property
+    def taught(self) -> list[Encoded]:
+        """The chunk in training, then the earlier ones."""
+        return [self._chunks[self._chunk], *self._chunks[: self._chunk]]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to train."""
+        return self._chunk == len(self._chunks)
+
+    def add(self, losses: Sequence[float]) -> bool:
+        """Note the losses that a step found of what is ``taught``; returns whether that chunk ends with this step."""
+        curve = self.curve
+        curve.steps += 1
+        curve.losses.append(losses[0])
+        curve.converged = max(losses) < self._config.stop_below
+        curve.diverged = not all(map(math.isfinite, losses))
+        self._steps += 1
+        ended = curve.converged or curve.diverged or self._steps == self._config.max_steps
+        if ended:
+            self._chunk = len(self._chunks) if curve.diverged else self._chunk + 1
+            self._steps = 0
+        return ended
 
 
-def edit_next(trainer: Learner, new: Encoded, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
-    """Edit one more request: at most ``max_steps`` steps on it, each together with some earlier ones (rehearsal).
+def edit_next(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+    """Edit one more request: at most ``max_steps`` steps on each chunk, each together with earlier ones (rehearsal).
 
-    It stops early at the first step that finds the request's loss below ``stop_below``.
+    A chunk ends early at the first step that finds its loss, and those of the chunks before it, below ``stop_below``.
 
     Raises:
         RuntimeError: if the loss is no finite number any more; what that step would have changed is as it was.
     """
-    config, start, curve = trainer.config, time.perf_counter(), Curve()
-
-    def plan(step: int) -> Planned | None:
-        return Planned(trainer.lesson([new], past), watched=1) if step < config.max_steps else None
+    config, start, progress = trainer.config, time.perf_counter(), Progress(new, trainer.config)
 
     def ended(losses: Sequence[float]) -> bool:
-        over = curve.add(losses[0], config)
+        over = progress.add(losses[:watched])
         if on_step:
-            on_step(curve.steps, config.max_steps, curve.losses[-1])
+            on_step(progress.curve.steps, progress.steps, progress.curve.losses[-1])
         return over
 
-    trainer.take_steps(plan, ended)
-    trainer.count_usage([new])
-    curve.seconds = time.perf_counter() - start
-    return curve
+    while not progress.over:
+        taught = progress.taught
+        watched = len(taught)
+
+        def plan(step: int, taught: Sequence[Encoded] = taught) -> Planned | None:
+            return Planned(trainer.lesson(taught, past), watched=len(taught)) if step < config.max_steps else None
+
+        trainer.take_steps(plan, ended)
+    trainer.count_usage(new[-1:])
+    progress.curve.seconds = time.perf_counter() - start
+    return progress.curve
 
 
-def edit_batch(trainer: Learner, edits: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+def edit_batch(trainer: Learner, edits: Sequence[Chunks], on_step: OnStep | None = None) -> Curve:
     """Edit many requests together: up to ``batch_passes`` passes over them, learning rates falling along a cosine."""
-    curve = _passes(trainer, edits, trainer.config.batch_passes, on_step)
-    trainer.count_usage(edits)
+    rows = [chunk for chunks in edits for chunk in chunks]
+    steps = trainer.config.batch_passes * math.ceil(len(rows) / trainer.config.batch_size)
+    curve = _go(trainer, rows, Walk(), steps, on_step)
+    trainer.count_usage([chunks[-1] for chunks in edits])
     return curve
 
 
 def consolidate(trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
-    """Go over all past requests again, ``consolidation_passes`` times at most."""
-    return _passes(trainer, past, trainer.config.consolidation_passes, on_step)
+    """Go on through all past requests, those that came since the last time first: ``consolidation_steps`` at most."""
+    return _go(trainer, past, trainer.walk, trainer.config.consolidation_steps, on_step)
 
 
-def _passes(trainer: Learner, edits: Sequence[Encoded], passes: int, on_step: OnStep | None) -> Curve:
-    """Passes over ``edits`` in drawn order, until no edit of a whole pass had a loss of ``stop_below`` or more."""
+def _go(trainer: Learner, rows: Sequence[Encoded], walk: Walk, steps: int, on_step: OnStep | None) -> Curve:
+    """Train on ``rows`` along ``walk``, until no row of a whole round had a loss of ``stop_below`` or more."""
     config, start, curve = trainer.config, time.perf_counter(), Curve()
-    per_pass = math.ceil(len(edits) / config.batch_size)
-    order: list[int] = []
+    walk.join(len(rows), trainer.generator)
+    visited: deque[Stretch] = deque()
     found: list[float] = []
 
     def plan(step: int) -> Planned | None:
-        number, of_pass = divmod(step, per_pass)
-        if number == passes:
+        if step == steps:
             return None
-        if of_pass == 0:
-            order[:] = draw_indices(len(edits), len(edits), trainer.generator)
-        chosen = [edits[i] for i in order[of_pass * config.batch_size : (of_pass + 1) * config.batch_size]]
+        stretch = walk.next(config.batch_size, trainer.generator)
+        visited.append(stretch)
         return Planned(
-            trainer.lesson(chosen),
-            rate=0.5 * (1 + math.cos(math.pi * step / (passes * per_pass))),
-            watched=len(chosen),
-            first=of_pass == 0,
-            last=of_pass == per_pass - 1,
+            trainer.lesson([rows[i] for i in stretch.rows]),
+            rate=0.5 * (1 + math.cos(math.pi * step / steps)),
+            watched=len(stretch.rows),
+            first=stretch.first,
+            last=stretch.last,
         )
 
     def ended(losses: Sequence[float]) -> bool:
-        if curve.steps % per_pass == 0:
+        stretch = visited.popleft()
+        if stretch.first:
             found.clear()
         found.extend(losses)
         curve.steps += 1
         if on_step:
-            on_step(curve.steps, passes * per_pass, sum(found) / len(found))
-        if curve.steps % per_pass == 0:
+            on_step(curve.steps, steps, sum(found) / len(found))
+        if stretch.last:
             curve.losses.append(sum(found) / len(found))
             curve.converged = max(found) < config.stop_below
         return curve.converged

@@ -166,6 +166,23 @@ class ParameterSets:
         """A zero for each basis, by layer."""
         return {layer: i.basis.new_zeros(i.basis.shape[-2]) for layer, i in self.interventions.items()}
 
+    @torch.no_grad()
+    def renewed(self) -> ParameterSets:
+        """Sets of the same interventions as they are now that their rank has changed; moments of new bases are 0.
+
+        The count of steps stays the parameter's, so nothing corrects a new basis' moments for having started at 0. By
+        ``BETAS`` its first step is AdamW's nevertheless; the next hundred are longer, by 2.1 at most.
+        """
+        sets = ParameterSets(self.interventions, self._config)
+        for name, moments in sets._moments.items():
+            for new, old in zip(moments, self._moments[name], strict=True):
+                if new.ndim == 1:
+                    new.copy_(old)
+                else:
+                    rank = min(new.shape[1], old.shape[1])
+                    new[:, :rank] = old[:, :rank]
+        return sets
+
     # -- one set in and out ----------------------------------------------------------------------------------------
 
     def state(self, index: int = 0) -> dict[str, Tensor]:

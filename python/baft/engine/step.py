@@ -101,7 +101,7 @@ class TrainingStep:
         self.passes = passes
         self.sets = sets
         self.config = config
-        self.usage = usage or sets.new_usage()
+        self.usage = dict(usage or sets.new_usage())
         self.ending = ending
 
     def __call__(self, lessons: Sequence[Lesson]) -> Tensor:
@@ -154,8 +154,8 @@ class TrainingStep:
         def sizes(of_groups: Sequence[int], all_of_them: int) -> Tensor:
             return sent([*of_groups, all_of_them - sum(of_groups)], device)
 
-        wanted = [token for text in edits for token in text.ids[text.prompt_length :]]
-        answers = [len(text.ids) - text.prompt_length for text in edits]
+        wanted = [token for text in edits for token in text.ids[text.answer_start :]]
+        answers = [len(text.ids) - text.answer_start for text in edits]
         watch = None
         if watched is not None:
             first_edits, first, last = watched
@@ -200,7 +200,11 @@ class TrainingStep:
         ) as passed:
             wanted = inputs.wanted.to(passed.answers.device)
             per_edit = _means(objective.answer_nll(passed.answers, wanted), inputs.answers)
-            loss = _means(per_edit, inputs.edits)
+            taught = per_edit
+            if config.smoothing > 0:
+                smoothed = objective.smoothed_nll(passed.answers, wanted, config.smoothing, config.stop_below)
+                taught = _means(smoothed, inputs.answers)
+            loss = _means(taught, inputs.edits)
             if config.balance_weight > 0:
                 loss = loss + config.balance_weight * self._balance(passed, inputs)
             if passed.edited is not None:

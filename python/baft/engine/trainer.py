@@ -22,7 +22,7 @@ __all__ = ["Trainer"]
 
 
 class Trainer(Learner):
-    """The training of an editor's own parameters, and all that continues it: moments, gate usage, random generator.
+    """The training of an editor's own parameters, and all that continues it: moments, gate usage, what is drawn.
 
     Args:
         passes: forward passes of the model under edit.
@@ -54,6 +54,15 @@ class Trainer(Learner):
         if self.passes.refresh():
             self.graphs.forget()
 
+    def renew(self) -> None:
+        """Go on with interventions whose rank has changed."""
+        sets, before = self.step.sets.renewed(), self.step.usage
+        self.step.sets, self.step.usage = sets, sets.new_usage()
+        for layer, usage in self.step.usage.items():
+            rank = min(len(usage), len(before[layer]))
+            usage[:rank] = before[layer][:rank]
+        self.graphs.forget()
+
     def report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""
         return {**self.passes.report(), "graphs": self.graphs.report()}
@@ -63,18 +72,15 @@ class Trainer(Learner):
             return "switched off"
         return CudaCapture.why_not(sorted({weight.device for weight in self.passes.model.parameters()}, key=str))
 
-    def state(self) -> dict[str, Tensor]:
-        """What continuing after a save and load needs besides the parameters, as copies."""
-        return {**self.step.sets.moments(), **self.course()}
+    def moments(self) -> dict[str, Tensor]:
+        return self.step.sets.moments()
 
     def course(self) -> dict[str, Tensor]:
-        """Of that, what isn't the optimiser's: gate usage by layer, and the random generator."""
-        usage = {f"usage.{layer}": usage.clone() for layer, usage in self.step.usage.items()}
-        return {**usage, "generator": self.generator.get_state()}
+        """As any learner's, and gate usage by layer."""
+        return {**{f"usage.{layer}": usage.clone() for layer, usage in self.step.usage.items()}, **super().course()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what ``state`` returned."""
-        self.generator.set_state(state["generator"].cpu())
+        super().load_state(state)
         for layer, usage in self.step.usage.items():
             usage.copy_(state[f"usage.{layer}"])
         self.step.sets.load_moments(state)

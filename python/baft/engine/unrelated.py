@@ -6,14 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from baft.engine.draws import draw_indices
 from baft.engine.encoding import Encoded, Encoder
 
-__all__ = ["UnrelatedPool", "draw_indices"]
-
-
-def draw_indices(population: int, size: int, generator: torch.Generator) -> list[int]:
-    """``size`` different indices below ``population``, or all of them if there are fewer, in random order."""
-    return torch.randperm(population, generator=generator)[:size].tolist()
+__all__ = ["UnrelatedPool"]
 
 
 class UnrelatedPool:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from baft.evaluation.probes import Measure
-from baft.runs.results import EDITS, RESULTS
+from baft.runs.folder import EDITS, RESULTS
 
 __all__ = ["EditLine", "Metrics", "ProbeLine", "Results", "RetentionPoint", "RunSource", "Scores", "read_run"]
 

@@ -23,7 +23,9 @@ from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
 from baft.storage import atomic_write
 
-__all__ = ["RunFolder"]
+__all__ = ["EDITS", "RESULTS", "RunFolder"]
+
+RESULTS, EDITS = "results.json", "edits.jsonl"
 
 FORMAT = 1
 
@@ -83,11 +85,11 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        return self.path / "results.json"
+        return self.path / RESULTS
 
     @property
     def edits(self) -> Path:
-        return self.path / "edits.jsonl"
+        return self.path / EDITS
 
     @property
     def journal(self) -> Journal:
