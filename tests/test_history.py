@@ -6,6 +6,7 @@ import pytest
 from tiny import REQUESTS, tiny_editor, tiny_tokenizer
 
 from baft import BaftEditor, EditRequest
+from baft.editing import Mode
 from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.history import Chunks, History
 
@@ -75,3 +76,41 @@ def test_an_editor_encodes_each_request_once(monkeypatch: pytest.MonkeyPatch) ->
         editor.edit([request])
     assert encoded == [request.prompt for request in REQUESTS]
     assert editor.edits == REQUESTS
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_a_later_request_takes_the_place_of_one_with_its_prompt(chunk_tokens: int | None) -> None:
+    watched = Watched(chunk_tokens)
+    history = watched.history
+    history.requests += REQUESTS[:3]
+    before = list(history.rows())
+    later = REQUESTS[1].model_copy(update={"target": "Paris, or Ebor, or Norland"})
+    history.add(later, watched.encode(later))
+    rows, wanted = history.rows(), set(watched.encode(later))
+    old = set(watched.encode(REQUESTS[1])) - wanted
+    assert old and not old & set(rows) and wanted & set(rows[: len(before)])
+    assert [row for row in rows[: len(before)] if row not in wanted] == [
+        row for row in before if row not in old | wanted
+    ]
+    history.requests.pop()  # who goes back has the earlier one again
+    assert history.rows() == before
+
+
+def test_what_an_edit_contradicts_is_not_rehearsed_with_it() -> None:
+    editor = tiny_editor(max_steps=1, rehearsal=len(REQUESTS))
+    editor.edit(REQUESTS)
+    trainer, past = editor._begin(), editor._history.rows()
+    later = ENCODER.pair(REQUESTS[2].prompt, "Paris")
+    lesson = trainer.lesson([later], past)
+    assert lesson.edits[0] == later and len(lesson.edits) == len(REQUESTS)  # itself, and all others
+    assert all(row.prompt_ids != later.prompt_ids for row in lesson.edits[1:])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_the_later_of_two_that_contradict_wins(mode: Mode) -> None:
+    editor = tiny_editor(consolidate_every=2, stop_below=0.05, batch_passes=80)
+    first = REQUESTS[0]
+    later = first.model_copy(update={"target": "Arvik"})
+    editor.edit([first, REQUESTS[1], later, REQUESTS[3]], mode)
+    assert editor.generate(first.prompt, max_new_tokens=4).strip().startswith("Arvik")
+    assert editor.edits == [first, REQUESTS[1], later, REQUESTS[3]]

@@ -85,6 +85,26 @@ def test_other_modes_go_on_too(mode: Any, tmp_path: Path) -> None:
     assert len(resumed["sessions"]) == 2
 
 
+# -- requests for the same thing --
+
+
+def test_conflicts_are_listed_and_what_was_contradicted_does_not_count(tmp_path: Path) -> None:
+    again = ASKED[0].model_copy(update={"id": "again"})
+    other = ASKED[1].model_copy(update={"target": "Sudland"})
+    listener = Listener()
+    results = run_in(tmp_path, requests=[*ASKED[:3], again, other], listener=listener, max_steps=30).results
+    prompts = [ASKED[0].prompt, ASKED[1].prompt]
+    assert results["conflicts"] == [
+        {"kind": "duplicate", "prompt": prompts[0], "positions": [0, 3], "targets": ["Ebor", "Ebor"]},
+        {"kind": "contradiction", "prompt": prompts[1], "positions": [1, 4], "targets": ["Arvik", "Sudland"]},
+    ]
+    assert [text for text in listener.said if "the last one wins" in text and repr(prompts[1]) in text]
+    assert results["metrics"]["immediate"]["reliability"]["generation"] == 1.0
+    assert results["metrics"]["final"]["reliability"]["generation"] == 1.0
+    last = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
+    assert last[1]["final"][0]["text"] == last[4]["final"][0]["text"]
+
+
 # -- checkpoints --
 
 

@@ -17,7 +17,7 @@ from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, check_mode, try_each
 from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.generation import force_answers, generate_texts
-from baft.engine.history import Chunks, History
+from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
@@ -100,7 +100,7 @@ class TrainedEditor(ABC):
         """Edit ``requests``.
 
         ``sequential`` edits one after another, so that all hold at the end; ``batch`` edits all at once, on top of what
-        was edited before; ``single`` tries each alone, as ``edit_each`` does, and leaves the editor as it was: the edit
+        was edited before; of several with one prompt the last one counts; ``single`` tries each alone, as ``edit_each`` does, and leaves the editor as it was: the edit
         is on only while ``on_edit`` runs, and comes back with ``load_state(outcome.state)``.
 
         Args:
@@ -137,7 +137,7 @@ class TrainedEditor(ABC):
 
         if mode == "batch":
             with frozen_for_editing(self.model):
-                curve = edit_batch(trainer, rows, on_step)
+                curve = edit_batch(trainer, latest(requests, rows), on_step)
             for request, chunks in zip(requests, rows, strict=True):
                 keep(request, chunks)
             for request in requests:

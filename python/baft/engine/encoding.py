@@ -32,6 +32,11 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_length: int
     subject: tuple[int, int] | None = None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.ids[: self.prompt_length]
+
     given: int = 0
 
     @property

@@ -8,14 +8,22 @@ from itertools import takewhile
 from baft.engine.encoding import Encoded
 from baft.requests import EditRequest
 
-__all__ = ["History"]
+__all__ = ["History", "latest"]
 
 Chunks = Sequence[Encoded]
 """A request, encoded: one row, or one for each chunk of its target (``baft.engine.encoding.chunks``)."""
 
 
+def latest(requests: Sequence[EditRequest], rows: Sequence[Chunks]) -> list[Chunks]:
+    """Of requests that are edited together, the rows of those whose prompt no later one asks."""
+    return list({request.prompt: chunks for request, chunks in zip(requests, rows, strict=True)}.values())
+
+
 class History:
     """Requests, and their rows.
+
+    A request that asks the prompt of an earlier one takes its place in training too: of two that contradict each other
+    the later wins, and rehearsing the earlier would undo it. Rows keep their numbers.
 
     Args:
         encode: encodes a request.
@@ -29,8 +37,9 @@ class History:
         self.requests = list(requests)
         self._encode = encode
         self._encoded: list[EditRequest] = []
+        self._chunks: list[Chunks] = []
         self._rows: list[Encoded] = []
-        self._ends: list[int] = []
+        self._places: dict[str, list[range]] = {}
 
     def add(self, request: EditRequest, chunks: Chunks) -> None:
         """Append a request that was encoded."""
@@ -44,13 +53,21 @@ class History:
         if self._encoded != self.requests:
             pairs = zip(self._encoded, self.requests, strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
-            del self._encoded[same:], self._ends[same:]
-            del self._rows[self._ends[-1] if self._ends else 0 :]
+            known = self._chunks[:same]
+            for what in (self._encoded, self._chunks, self._rows, self._places):
+                what.clear()  # type: ignore[attr-defined]  # all of them can
+            for request, chunks in zip(self.requests, known, strict=False):
+                self._append(request, chunks)
             for request in self.requests[same:]:
                 self._append(request, self._encode(request))
         return self._rows
 
     def _append(self, request: EditRequest, chunks: Chunks) -> None:
+        places = self._places.setdefault(request.prompt, [])
+        for place in places:
+            for number, row in enumerate(place):
+                self._rows[row] = chunks[number % len(chunks)]
+        places.append(range(len(self._rows), len(self._rows) + len(chunks)))
         self._encoded.append(request)
+        self._chunks.append(chunks)
         self._rows += chunks
-        self._ends.append(len(self._rows))

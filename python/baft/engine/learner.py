@@ -83,12 +83,17 @@ class Learner(ABC):
         generator: torch.Generator | None = None,
         set: int = 0,
     ) -> Lesson:
-        """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured."""
+        """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured.
+
+        An earlier one that asks a new one's prompt isn't rehearsed: it wants the same, or what shall no longer be.
+        """
         generator = generator or self.generator
         rehearsed: list[Encoded] = []
         if past:
             sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
-            rehearsed = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
+            drawn = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
+            asked = {row.prompt_ids for row in new}
+            rehearsed = [row for row in drawn if row.prompt_ids not in asked]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
         return Lesson([*new, *rehearsed], self.unrelated.draw(wanted, generator), set)
 
