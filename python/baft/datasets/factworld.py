@@ -101,21 +101,25 @@ class FactWorld:
     Args:
         seed: of everything that is drawn.
         people: number of inhabitants, at least 20.
-        edited: how many of them have a fact to edit; by default a third. A fifth of all is probed, the rest is the
+        edited: how many of them have facts to edit; by default a third. A fifth of all is probed, the rest is the
             pool.
+        edits_each: facts to edit of each of them, 1 to 3: one at least is left to ask whether it is as it was.
 
     Raises:
-        ValueError: if there are too few people for the three groups.
+        ValueError: if there are too few people for the three groups, or too many edits of each.
     """
 
-    def __init__(self, seed: int = 0, people: int = 300, edited: int | None = None) -> None:
+    def __init__(self, seed: int = 0, people: int = 300, edited: int | None = None, edits_each: int = 1) -> None:
         edited = people // 3 if edited is None else edited
         probed = people // 5
         if people < 20 or edited < 1 or edited + probed >= people:
             raise ValueError(
                 f"people={people}, edited={edited}: expected at least 20 people and edited < {people - probed}"
             )
+        if not 1 <= edits_each < len(RELATIONS):
+            raise ValueError(f"edits_each: expected 1 to {len(RELATIONS) - 1}, got {edits_each}")
         self.seed = seed
+        self.edits_each = edits_each
         self.relations = RELATIONS
         draw = random.Random(f"factworld-{seed}")
         words = self._invent_words(draw)
@@ -190,19 +194,25 @@ class FactWorld:
     # -- what is asked of an editor --------------------------------------------------------------------------------
 
     def requests(self, limit: int | None = None) -> list[EditRequest]:
-        """One request for each edited person: a new object for one relation, and probes around it.
+        """For each edited person a request or several: a new object for a relation, and probes around it.
 
         Locality kinds: ``neighbour`` (the same relation of a probed person, one of whom has the same old object where
         the world has one), ``unrelated`` (another relation of a probed person), ``same_subject`` (another relation of
         the edited person). Portability kinds: ``subject_alias``, ``two_hop``.
         """
         draw = random.Random(f"factworld-requests-{self.seed}")
-        requests = [self._request(index, person, draw) for index, person in enumerate(self.edited)]
+        requests = [
+            self._request(index, number, person, draw)
+            for number in range(self.edits_each)
+            for index, person in enumerate(self.edited)
+        ]
         return requests[:limit]
 
-    def _request(self, index: int, person: Person, draw: random.Random) -> EditRequest:
-        relation = self.relations[index % len(self.relations)]
-        others = [other for other in self.relations if other is not relation]
+    def _request(self, index: int, number: int, person: Person, draw: random.Random) -> EditRequest:
+        """The edit of a person with a number from 0."""
+        edited = [self.relations[(index + k) % len(self.relations)] for k in range(self.edits_each)]
+        relation = edited[number]
+        others = [other for other in self.relations if other not in edited]
         old = person.facts[relation.name]
         new = draw.choice(
             [o for o in self.objects[relation.name] if o != old and self._hop(relation, o) != self._hop(relation, old)]
@@ -214,7 +224,7 @@ class FactWorld:
             prompt = draw.choice(relation.hop_wordings).format(s=person.name)
             portability["two_hop"] = (Probe(prompt=prompt, answers=(self._hop(relation, new),)),)
         return EditRequest(
-            id=f"factworld-{self.seed}-{index}",
+            id=f"factworld-{self.seed}-{index}" + (f"-{number}" if number else ""),
             prompt=draw.choice(relation.wordings).format(s=person.name),
             target=new,
             subject=person.name,
@@ -258,6 +268,6 @@ class FactWorld:
 
 WORLDS: dict[str, Callable[[], FactWorld]] = {
     "factworld": FactWorld,
-    "factworld-large": lambda: FactWorld(people=1600, edited=1000),
+    "factworld-large": lambda: FactWorld(people=800, edited=500, edits_each=2),
 }
 """Worlds by name. The large one has a thousand requests, for long runs."""

@@ -19,7 +19,7 @@ from baft.datasets import load_dataset
 from baft.datasets.factworld import WORLDS
 from baft.evaluation.probes import questions
 from baft.requests import EditRequest
-from baft.testbed.folder import factworld_folder, without_progress_bars
+from baft.testbed.folder import RECIPES, factworld_folder, without_progress_bars
 from baft.testbed.training import OnProgress
 
 __all__ = ["Assignment", "load_assignment", "load_config", "load_held_out", "load_model"]
@@ -54,7 +54,7 @@ def load_model(name: str, *, on_training: OnProgress | None = None) -> tuple[Pre
     Raises:
         ValueError: if it can't be loaded.
     """
-    source = str(factworld_folder(WORLDS[name](), on_progress=on_training)) if name in WORLDS else name
+    source = str(factworld_folder(WORLDS[name](), RECIPES[name], on_progress=on_training)) if name in WORLDS else name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

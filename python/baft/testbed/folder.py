@@ -17,9 +17,12 @@ from transformers.utils import logging as transformers_logging
 from baft.datasets.factworld import FactWorld
 from baft.testbed.training import Knowledge, OnProgress, TestbedRecipe, TrainingReport, train_testbed
 
-__all__ = ["cache_folder", "factworld_folder", "make_testbed", "without_progress_bars"]
+__all__ = ["RECIPES", "cache_folder", "factworld_folder", "make_testbed", "without_progress_bars"]
 
 REPORT = "testbed.json"
+
+RECIPES: dict[str, TestbedRecipe] = {"factworld": TestbedRecipe(), "factworld-large": TestbedRecipe(max_epochs=32)}
+"""How a model of each of ``baft.datasets.factworld.WORLDS`` is trained."""
 
 # Training goes on for the recipe's recall_wanted; a model that ends a little below is still good to edit.
 _RECALL_NEEDED = 0.98
