@@ -4,9 +4,9 @@
     python bench/baselines.py --tune          the rivals' own settings, on a seed that isn't reported
 
 All methods get the same requests, unrelated texts, losses and schedule, and are asked the same questions; every figure
-is by generation. LoReFT and LoRA have as many parameters as BaFT, within a rank; fine-tuning has one layer's. Results go
-to bench/results/ as JSON and Markdown. Seconds are of the methods as they are here: BaFT and LoReFT have an engine that
-remembers what doesn't change from step to step, the others train plainly.
+is by generation. LoReFT and LoRA have as many parameters as BaFT, within a rank; fine-tuning has one layer's. Results
+go to bench/results/ as JSON and Markdown. Seconds are of the methods as they are here: BaFT and LoReFT have an engine
+that remembers what doesn't change from step to step, the others train plainly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RIVALS = {
     "LoReFT": Variant("loreft"),
     "BaFT": Variant("baft"),
 }
-RATES = {"ft": (1e-4, 3e-4, 1e-3, 3e-3), "lora": (5e-4, 1e-3, 2e-3, 5e-3)}
+RATES = {"ft": (3e-3, 6e-3, 1e-2, 2e-2), "lora": (3e-3, 5e-3, 8e-3, 1.5e-2)}
 FACTS = (1, 4, 16)
 TUNING_REQUESTS = 30
 

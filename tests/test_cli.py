@@ -173,6 +173,17 @@ def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict
     assert [json.loads(line)["index"] for line in baft("edits", "list", run, "--json").stdout.splitlines()] == [1, 2, 3]
 
 
+def test_report_shows_a_run(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = sequential_run
+    done = baft("report", out, "--json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert written["page"] == str(out / "report.html") and "<!doctype html>" in (out / "report.html").read_text()
+    assert str(out / "report-retention.png") in written["pictures"]
+    refused = baft("report", out, tmp_path)
+    assert refused.returncode == 2 and "expected the folder of a run" in refused.stderr
+
+
 @pytest.mark.parametrize("mode", ["single", "batch"])
 def test_the_other_modes(mode: str, testbed: Path, dataset: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
@@ -184,6 +195,19 @@ def test_the_other_modes(mode: str, testbed: Path, dataset: Path, tmp_path: Path
     assert results["metrics"]["immediate"]["reliability"]["generation"] == 1.0
     assert (results["metrics"]["final"] is None) == (mode == "single")
     assert "reliability" in done.stdout and "100.0 %" in done.stdout
+
+
+def test_a_baseline_runs_by_its_name(testbed: Path, dataset: Path, tmp_path: Path) -> None:
+    arguments = ("--model", testbed, "--dataset", dataset, "--mode", "sequential", "--edits", 2)
+    done = baft("run", *arguments, "--out", tmp_path / "out", "--method", "none", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert (results["method"], results["timing"]["steps"]) == ("no edit", 0)
+    assert results["metrics"]["final"]["reliability"]["generation"] == 0.0
+    assert results["metrics"]["final"]["locality"]["generation"] == 1.0
+    # What only BaFT's engine knows is refused.
+    done = baft("run", *arguments, "--out", tmp_path / "other", "--method", "lora", "--slots", 2)
+    assert done.returncode == 2 and "options: expected LoraOptions for lora" in done.stderr
 
 
 def test_single_edits_do_not_add_up(testbed: Path, dataset: Path, tmp_path: Path) -> None:

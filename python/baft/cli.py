@@ -35,6 +35,10 @@ Seed = Annotated[int, typer.Option(help="Of the choice of requests, of the bases
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file with fields of BaftConfig.")]
 Out = Annotated[Path, typer.Option(help="A new or empty folder for everything that the run writes.")]
+Method = Annotated[
+    Literal["baft", "loreft", "lora", "ft", "in-context", "none"],
+    typer.Option(help="What edits: BaFT, or a baseline with its losses and its schedule."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,9 +17,7 @@ from baft.editing import Editor
 from baft.editor import BaftEditor
 from baft.engine.options import EngineOptions
 
-__all__ = ["METHODS", "Method", "MethodName", "make_editor"]
-
-MethodName = Literal["baft", "loreft", "lora", "ft", "in-context", "none"]
+__all__ = ["METHODS", "Method", "make_editor"]
 
 
 @dataclass(frozen=True)

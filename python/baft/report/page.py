@@ -75,7 +75,7 @@ def write_report(
         runs = [_prepared(label, s, most_edits) for label, s in zip(words.labels(sources), sources, strict=True)]
         together = _together(runs)
         html = _rendered(runs, together)
-        atomic_write(page, lambda path: path.write_text(html, "utf-8", errors="xmlcharrefreplace"))
+        atomic_write(page, lambda path: path.write_text(html, "utf-8"))
         return WrittenReport(page, _save_pictures(page, runs, together))
 
 

@@ -177,9 +177,7 @@ def read_run(folder: str | Path) -> RunSource:
     try:
         figures = Results.model_validate_json(results.read_bytes())
     except ValidationError as error:
-        raise ValueError(
-            f"report: expected the results of a run of this version in {results}, {_first(error)}"
-        ) from error
+        raise ValueError(f"report: expected the results of a run in {results}, {_first(error)}") from error
     return RunSource(str(folder), figures, lambda: _lines(edits))
 
 
