@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.editor import EditOutcome
+from baft.engine.growth import grow
 from baft.engine.options import EngineOptions
 from baft.engine.step import Lesson, StepInputs, TrainingStep
 from baft_kernels import orthonormality_error
@@ -226,6 +227,175 @@ def test_consolidation_goes_over_all_edits_again(monkeypatch: pytest.MonkeyPatch
     assert [len(batch) for batch in batches] == [1, 1, 2, 2, 2, 1]
 
 
+def test_consolidation_costs_the_same_however_long_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(
+        consolidate_every=1,
+        consolidation_steps=3,
+        batch_size=1,
+        rehearsal=0,
+        locality_weight=0.0,
+        max_steps=1,
+        stop_below=0.0,
+    )
+    texts = [f"{request.prompt} {request.target}" for request in REQUESTS]
+    with trained_batches(editor, monkeypatch) as batches:
+        editor.edit(REQUESTS)
+    visited = [text for (text,) in batches]
+    for number, text in enumerate(texts):
+        edit, *consolidation = visited[4 * number : 4 * number + 4]
+        assert edit == consolidation[0] == text  # what is new comes first
+        assert set(consolidation) <= set(texts[: number + 1])
+    # A round goes on from one consolidation to the next: it began with the fourth one's last step.
+    assert len({visited[15], *visited[18:20]}) == 3
+
+
+def test_consolidation_ends_with_a_round_that_finds_every_loss_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(
+        consolidate_every=4, consolidation_steps=9, batch_size=2, rehearsal=0, max_steps=1, stop_below=1e9
+    )
+    with trained_batches(editor, monkeypatch) as batches:
+        editor.edit(REQUESTS[:4])
+    assert len(batches) == 4 + 2
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_a_run_goes_on_in_a_new_editor_bit_for_bit(chunk_tokens: int | None) -> None:
+    changes: dict[str, Any] = {
+        "consolidate_every": 2,
+        "consolidation_steps": 3,
+        "batch_size": 2,
+        "rehearsal": 2,
+        "rehearsal_buffer": 3,
+        "balance_weight": 0.1,
+        "max_steps": 3,
+        "grow_every": 2,
+        "grow_by": 3,
+        "max_rank": 12,
+        "chunk_tokens": chunk_tokens,
+    }
+    whole = tiny_editor(**changes)
+    whole.edit(REQUESTS)
+    stepwise = tiny_editor(**changes)
+    for request in REQUESTS:
+        last, stepwise = stepwise, tiny_editor(**changes)
+        stepwise.load_state(last.state())
+        stepwise.edits = last.edits
+        stepwise.edit([request])
+    assert_same_state(stepwise.state(), whole.state())
+    assert torch.equal(logits(stepwise), logits(whole))
+
+
+def test_only_a_sample_is_rehearsed_where_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(rehearsal=4, rehearsal_buffer=2, locality_weight=0.0, max_steps=2, stop_below=0.0)
+    with trained_batches(editor, monkeypatch) as batches:
+        editor.edit(REQUESTS)
+    assert [len(batch) for batch in batches] == [1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    for step in range(0, len(batches), 2):
+        assert set(batches[step]) == set(batches[step + 1])
+
+
+# -- targets in chunks --
+
+LONG = EditRequest(prompt="Ada Lund was", target="president of Norland and Sudland", subject="Ada Lund")
+
+
+def test_a_long_target_is_learned_chunk_by_chunk_with_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(chunk_tokens=2, locality_weight=0.0)
+    whole = editor._encode(LONG)
+    with trained_batches(editor, monkeypatch) as batches:
+        curve = editor.edit([LONG])[0].curve
+    chunks = [
+        editor.tokenizer.decode(whole.ids[:end], skip_special_tokens=True)
+        for end in [*range(whole.prompt_length + 2, len(whole.ids), 2), len(whole.ids)]
+    ]
+    assert len(chunks) > 2
+    taught = [(batch[0], *sorted(batch[1:])) for batch in batches]
+    assert list(dict.fromkeys(taught)) == [(text, *sorted(chunks[:k])) for k, text in enumerate(chunks)]
+    assert len(batches) == curve.steps == len(curve.losses)
+    assert curve.converged
+    answer = editor.generate(LONG.prompt, max_new_tokens=len(whole.ids)).strip()
+    assert answer == LONG.target
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+def test_chunks_in_the_other_modes(mode: Any) -> None:
+    editor = tiny_editor(chunk_tokens=4, stop_below=0.1)
+    said: list[str] = []
+    editor.edit([LONG, REQUESTS[3]], mode, on_edit=lambda o: said.append(editor.generate(o.request.prompt).strip()))
+    assert said == [LONG.target, REQUESTS[3].target]
+
+
+# -- growing --
+
+
+def ranks(editor: BaftEditor, requests: list[EditRequest]) -> list[int]:
+    """The rank after each edit."""
+    found: list[int] = []
+    editor.edit(requests, on_edit=lambda _: found.append(editor.attachment.rank))
+    return found
+
+
+def test_the_rank_grows_up_to_the_highest() -> None:
+    editor = tiny_editor(layers=(0, 2), grow_every=2, grow_by=3, max_rank=12, max_steps=2)
+    assert ranks(editor, [*REQUESTS, REQUESTS[0]]) == [8, 11, 11, 12, 12, 12]
+    assert all(orthonormality_error(i.basis) <= 1e-6 for i in editor.interventions.values())
+    assert ranks(tiny_editor(grow_every=1, grow_by=20, max_steps=1), REQUESTS[:3]) == [28, WIDTH, WIDTH]
+
+
+@pytest.mark.parametrize("gate_fn", ["sigmoid", "none"])
+def test_growth_changes_nothing_but_the_rank(gate_fn: str) -> None:
+    editor = tiny_editor(grow_every=99, grow_by=6, growth_gate_bias=-5.0, gate_fn=gate_fn, balance_weight=0.1)
+    editor.edit(TWO)
+    before, state = logits(editor), editor.state()
+    grow(editor._begin(), WIDTH)
+    torch.testing.assert_close(logits(editor), before, rtol=1e-4, atol=1e-4)
+    assert said(editor, TWO) == targets(TWO)
+    grown = editor.state()
+    for name, value in state.items():
+        if value.ndim and name.startswith(("layers.", "optimizer.", "usage.")):
+            assert torch.equal(grown[name][:8], value), name
+            assert len(grown[name]) == 14
+    if gate_fn == "sigmoid":
+        # Over unrelated texts their logits have a mean of -5; w is recorded of the last pass.
+        with editor.attachment.recording() as records:
+            editor.model(**editor.tokenizer("Arvik is in Norland.", return_tensors="pt"))
+        assert records[1].weights[..., 8:].mean() < 0.1 < records[1].weights[..., :8].mean()
+
+
+def test_new_bases_learn() -> None:
+    editor = tiny_editor(grow_every=1, grow_by=4, rank=1, learning_rate=0.1, max_steps=10)
+    editor.edit(THREE)
+    intervention = editor.attachment.interventions[1]
+    assert len(intervention.basis) == 13
+    learned = (intervention.source - intervention.basis).norm(dim=-1)
+    assert learned[:9].min() > 1e-2  # the last four came after the last edit
+
+
+def test_going_back_to_a_state_before_growth() -> None:
+    editor = tiny_editor(grow_every=2, grow_by=3, max_steps=4, balance_weight=0.1)
+    editor.edit(TWO[:1])
+    before = editor.state()
+    editor.edit(REQUESTS[1:4])
+    after = editor.state()
+    assert editor.attachment.rank == 14
+    editor.load_state(before)
+    editor.edits = TWO[:1]
+    assert editor.attachment.rank == 8
+    assert_same_state(editor.state(), before)
+    editor.edit(REQUESTS[1:4])
+    assert_same_state(editor.state(), after)
+
+
+def test_a_state_of_another_rank_where_nothing_grows() -> None:
+    state = tiny_editor(rank=9).state()
+    for changes in ({}, {"grow_every": 1, "max_rank": 8}, {"grow_every": 1, "rank": 10}):
+        editor = tiny_editor(**changes)
+        before = editor.state()
+        with pytest.raises(ValueError, match=r"^layers.1.basis: expected shape \[\d+, 32\], got \[9, 32\]$"):
+            editor.load_state(state)
+        assert_same_state(editor.state(), before)
+
+
 def test_steps_are_told() -> None:
     told: list[tuple[int, int, float]] = []
     outcomes = tiny_editor(max_steps=3, stop_below=0.0).edit(TWO, on_step=lambda *step: told.append(step))
@@ -357,6 +527,19 @@ def test_an_editor_that_could_not_be_made_leaves_nothing_on_the_model() -> None:
         with pytest.raises(ValueError):
             tiny_editor(model, **changes)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_rank": 7}, "max_rank: expected at least rank = 8, got 7"),
+        ({"max_rank": WIDTH + 1}, f"^max_rank: expected at most {WIDTH}, the model's width, got {WIDTH + 1}$"),
+        ({"grow_every": 1, "gate_fn": "softmax"}, "grow_every: expected 0 with softmax gates"),
+    ],
+)
+def test_growth_that_can_not_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_editor(**changes)
 
 
 def test_an_unknown_mode() -> None:

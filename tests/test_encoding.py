@@ -10,8 +10,10 @@ import torch
 from tiny import attach, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from baft.engine.encoding import IGNORED, Encoded, Encoder
+from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks
 from baft.engine.generation import generate_texts
+from baft.engine.grid import _edited
+from baft.positions import Positions
 
 PROMPT = "The capital of Norland is"
 
@@ -230,3 +232,37 @@ def test_a_batch_can_be_cut() -> None:
         assert torch.equal(part.labels, batch.labels[1:])
         assert torch.equal(part.tokens.prompt, batch.tokens.prompt[1:])
         assert (part.tokens.subject is None) == (batch.tokens.subject is None)
+
+
+# -- chunks --
+
+
+def test_a_target_in_chunks_each_behind_those_before_it() -> None:
+    row = encoder().pair(PROMPT, "Ada Lund, Bob Stone", "Norland")
+    chunks = in_chunks(row, 3)
+    learned = [chunk.ids[chunk.answer_start :] for chunk in chunks]
+    assert [len(ids) for ids in learned[:-1]] == [3] * (len(chunks) - 1)
+    assert 0 < len(learned[-1]) <= 3 < len(row.ids) - row.prompt_length
+    assert sum(learned, ()) == row.ids[row.prompt_length :]
+    for chunk in chunks:
+        assert chunk.ids == row.ids[: len(chunk.ids)]
+        assert (chunk.prompt_length, chunk.subject) == (row.prompt_length, row.subject)
+    assert chunks[-1].ids == row.ids
+    batch = encoder().batch(chunks, "cpu")
+    for chunk, ids, labels in zip(chunks, batch.ids, batch.labels, strict=True):
+        assert labels[labels != IGNORED].tolist() == list(chunk.ids[chunk.answer_start :])
+        assert torch.equal(labels[labels != IGNORED], ids[labels != IGNORED])
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_a_target_that_is_one_chunk(size: int | None) -> None:
+    row = encoder().pair(PROMPT, "Ada Lund, Bob Stone", "Norland")
+    assert in_chunks(row, size) == (row,)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "last", "subject", "f1+l2"])
+def test_a_chunk_is_edited_at_the_places_of_the_whole(positions: str) -> None:
+    row = encoder().pair(PROMPT, "Ada Lund, Bob Stone", "Norland")
+    whole = _edited(row, Positions(positions))
+    for chunk in in_chunks(row, 2):
+        assert _edited(chunk, Positions(positions)) == whole[: len(chunk.ids)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baft.objective import answer_nll, balance, kl_to_base, mean_of, relative_update, sum_of
+from baft.objective import answer_nll, balance, kl_to_base, mean_of, relative_update, smoothed_nll, sum_of
 
 
 def logs(*probabilities: list[float]) -> Tensor:
@@ -56,6 +56,46 @@ def test_the_edit_loss_is_computed_in_float32() -> None:
     loss = answer_nll(logits, wanted)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, answer_nll(logits.float(), wanted))
+
+
+# -- the edit, smoothed --
+
+# The last token is less than a hundredth as likely as the first, and 0.7 + 0.2 + 0.095 = 0.995.
+PREDICTED = [0.7, 0.2, 0.095, 0.005]
+
+
+def test_without_smoothing_it_is_the_edit_loss_bit_for_bit() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    wanted = torch.cat((logits[:3].argmax(-1), torch.tensor([1, 2, 3])))
+    assert torch.equal(smoothed_nll(logits, wanted, 0.0, 10.0), answer_nll(logits, wanted))
+
+
+def test_a_token_that_is_predicted_already_is_drawn_to_a_softer_target() -> None:
+    logits = logs(PREDICTED).requires_grad_()
+    target = torch.tensor([[0.6 + 0.4 * 0.7 / 0.995, 0.4 * 0.2 / 0.995, 0.4 * 0.095 / 0.995, 0.0]])
+    loss = smoothed_nll(logits, torch.tensor([0]), 0.4, 0.0)
+    expected = sum(q * math.log(q / p) for q, p in zip(target[0].tolist(), PREDICTED, strict=True) if q > 0)
+    torch.testing.assert_close(loss, torch.tensor([expected]))
+    loss.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([PREDICTED]) - target)
+
+
+@pytest.mark.parametrize(("smoothing", "enough"), [(0.4, 1.0), (1.0, 0.01)])
+def test_a_token_that_is_predicted_well_enough_is_let_be(smoothing: float, enough: float) -> None:
+    logits = logs(PREDICTED).requires_grad_()
+    loss = smoothed_nll(logits, torch.tensor([0]), smoothing, enough)
+    torch.testing.assert_close(loss, torch.tensor([enough]))
+    loss.sum().backward()
+    assert not logits.grad.any()
+
+
+def test_a_token_that_is_not_predicted_yet_is_trained_as_ever() -> None:
+    both = [logs(PREDICTED).requires_grad_() for _ in range(2)]
+    losses = smoothed_nll(both[0], torch.tensor([1]), 0.4, 5.0), answer_nll(both[1], torch.tensor([1]))
+    for loss in losses:
+        loss.sum().backward()
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(both[0].grad, both[1].grad)
 
 
 # -- load balancing --

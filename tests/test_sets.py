@@ -242,6 +242,31 @@ def test_moments_that_a_state_lacks_start_at_0() -> None:
     assert all(moment.any() for moment in sets.moments(0).values())
 
 
+def test_interventions_that_grow_keep_the_moments_of_their_old_bases() -> None:
+    own = random_interventions((0, 2))
+    sets = ParameterSets(own, config())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for leaf in leaves(sets).values():
+            leaf.grad = torch.randn(leaf.shape, generator=generator)
+        update(sets, [0])
+    before = sets.moments(0)
+    for intervention in own.values():
+        intervention.grow(2, generator=generator)
+    grown = sets.renewed()
+    for name, moment in grown.moments(0).items():
+        if name.endswith(".step"):
+            assert torch.equal(moment, before[name])
+            continue
+        assert len(moment) == 6
+        assert torch.equal(moment[:4], before[name]), name
+        assert before[name].any() and not moment[4:].any(), name
+    shrunk = {layer: BaftIntervention(32, 4) for layer in own}
+    for layer, intervention in own.items():
+        intervention.replace(dict(shrunk[layer].named_parameters()))
+    assert {len(m) for name, m in grown.renewed().moments(0).items() if not name.endswith(".step")} == {4}
+
+
 def test_new_interventions_are_known_to_edit_nothing() -> None:
     new = {layer: BaftIntervention(32, 4) for layer in (0, 2)}
     grouped = ParameterSets({layer: GroupedBaftIntervention(i, 2) for layer, i in new.items()}, config())

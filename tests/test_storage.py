@@ -78,10 +78,14 @@ def test_an_editor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.config == editor.config
 
 
-@pytest.mark.parametrize("mode", ["sequential", "batch"])
-def test_editing_goes_on_as_if_it_had_never_stopped(tmp_path: Path, mode: Any) -> None:
-    editor = tiny_editor(balance_weight=0.1, rehearsal=1, unrelated_per_step=2, max_steps=10)
+LONG_RUN = {"grow_every": 2, "grow_by": 3, "consolidate_every": 2, "consolidation_steps": 3, "rehearsal_buffer": 2}
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("sequential", {}), ("batch", {}), ("sequential", LONG_RUN)])
+def test_editing_goes_on_as_if_it_had_never_stopped(tmp_path: Path, mode: Any, changes: dict[str, Any]) -> None:
+    editor = tiny_editor(balance_weight=0.1, rehearsal=1, unrelated_per_step=2, max_steps=10, **changes)
     editor.edit(REQUESTS[:3])
+    assert editor.attachment.rank == (11 if changes else 8)
     editor.save_pretrained(tmp_path)
     uninterrupted = editor.edit(REQUESTS[3:], mode)
     loaded = load(tmp_path)

@@ -100,8 +100,9 @@ class TrainedEditor(ABC):
         """Edit ``requests``.
 
         ``sequential`` edits one after another, so that all hold at the end; ``batch`` edits all at once, on top of what
-        was edited before; of several with one prompt the last one counts; ``single`` tries each alone, as ``edit_each`` does, and leaves the editor as it was: the edit
-        is on only while ``on_edit`` runs, and comes back with ``load_state(outcome.state)``.
+        was edited before. Of several with the same prompt the last one counts. ``single`` tries each alone, as
+        ``edit_each`` does, and leaves the editor as it was: the edit is on only while ``on_edit`` runs, and comes back
+        with ``load_state(outcome.state)``.
 
         Args:
             on_edit: called after each edit (of a batch: for each request after all of them), with the edit on.

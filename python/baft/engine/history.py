@@ -55,7 +55,7 @@ class History:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
             known = self._chunks[:same]
             for what in (self._encoded, self._chunks, self._rows, self._places):
-                what.clear()  # type: ignore[attr-defined]  # all of them can
+                what.clear()
             for request, chunks in zip(self.requests, known, strict=False):
                 self._append(request, chunks)
             for request in self.requests[same:]:

@@ -170,8 +170,9 @@ class ParameterSets:
     def renewed(self) -> ParameterSets:
         """Sets of the same interventions as they are now that their rank has changed; moments of new bases are 0.
 
-        The count of steps stays the parameter's, so nothing corrects a new basis' moments for having started at 0. By
-        ``BETAS`` its first step is AdamW's nevertheless; the next hundred are longer, by 2.1 at most.
+        The count of steps stays the parameter's, so nothing corrects a new basis' moments for having started at 0.
+        Where the old ones have trained for hundreds of steps, its first step is AdamW's own all the same, by ``BETAS``;
+        the next hundred are longer, 2.1 times at most.
         """
         sets = ParameterSets(self.interventions, self._config)
         for name, moments in sets._moments.items():

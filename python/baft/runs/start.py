@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from baft.baselines.methods import METHODS, MethodName, make_editor
+from baft.baselines.methods import METHODS, make_editor
 from baft.config import BaftConfig
 from baft.editing import Editor, Mode
 from baft.engine.options import EngineOptions
@@ -41,7 +41,7 @@ class RunWords(BaseModel):
     model: str
     dataset: str
     mode: Mode
-    method: MethodName = "baft"
+    method: str = "baft"
     config: BaftConfig
     edits: int | None = None
     slots: int | None = None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from baft.cli.options import Json
 from baft.console import Console
 
 __all__ = ["app"]
@@ -16,7 +17,6 @@ app = typer.Typer(no_args_is_help=True, help="Look at a run's edits, or take the
 
 Folder = Annotated[Path, typer.Argument(help="A sequential run's folder.", metavar="DIR")]
 Number = Annotated[int, typer.Argument(help="An edit's number, as `baft edits list` shows it.", metavar="NUMBER")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it, instead of saying what it takes.")]
 
 

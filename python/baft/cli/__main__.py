@@ -1,0 +1,3 @@
+from baft.cli import main
+
+main()

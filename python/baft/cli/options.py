@@ -1,0 +1,41 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = [
+    "Adapter",
+    "Backend",
+    "Config",
+    "Dataset",
+    "Edits",
+    "Json",
+    "Method",
+    "Model",
+    "OptionalDataset",
+    "OptionalModel",
+    "Out",
+    "Seed",
+]
+
+_MODEL = typer.Option(help="A folder, a Hugging Face name, factworld, or factworld-large.")
+_DATASET = typer.Option(help="A benchmark file, factworld, or factworld-large.")
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
+Dataset = Annotated[str, _DATASET]
+OptionalDataset = Annotated[str | None, _DATASET]
+Adapter = Annotated[Path, typer.Option(help="A folder that save_pretrained or a run wrote.")]
+Edits = Annotated[int | None, typer.Option(help="How many requests to edit; all by default.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of requests, of the bases, and of training.")]
+Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
+Config = Annotated[Path | None, typer.Option(help="A YAML file with fields of BaftConfig.")]
+Out = Annotated[Path, typer.Option(help="A new or empty folder for everything that the run writes.")]
+Method = Annotated[
+    Literal["baft", "loreft", "lora", "ft", "in-context", "none"],
+    typer.Option(help="What edits: BaFT, or a baseline with its losses and its schedule."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -1,0 +1,138 @@
+"""``baft run`` and ``baft demo``: edit, and measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from baft.cli.options import Backend, Config, Edits, Json, Method, OptionalDataset, OptionalModel, Out, Seed
+from baft.console import Console
+
+if TYPE_CHECKING:
+    from baft.runs.folder import RunFolder
+    from baft.runs.start import RunWords
+
+__all__ = ["demo", "run"]
+
+
+def demo(
+    edits: Annotated[int, typer.Option(help="How many facts to edit, one after another.")] = 20,
+    out: Out = Path("runs/demo"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Edit facts of FactWorld, a small invented world, in a small model that knows it: watch, then read the report."""
+    if out == Path("runs/demo"):
+        out = _next_free(out)
+    run(out, "factworld", "factworld", "sequential", edits=edits, seed=seed, as_json=as_json)
+
+
+def _next_free(folder: Path) -> Path:
+    """``runs/demo``, or ``runs/demo-2``, ... : the first that isn't there yet."""
+    number = 1
+    while (numbered := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return numbered
+
+
+def run(
+    out: Out,
+    model: OptionalModel = None,
+    dataset: OptionalDataset = None,
+    mode: Annotated[Literal["single", "batch", "sequential"] | None, typer.Option()] = None,
+    method: Method = "baft",
+    edits: Edits = None,
+    seed: Seed = 0,
+    backend: Backend = None,
+    config: Config = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Single edits trained at a time; chosen by the memory that is free.", min=1)
+    ] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Texts for general ability, one a line.")] = None,
+    measure_every: Annotated[
+        int | None, typer.Option(help="Measure earlier edits after so many, beside 1, 10, 100, ...", min=1)
+    ] = None,
+    retained: Annotated[int, typer.Option(help="Earlier edits that are asked about then, at most.", min=1)] = 100,
+    final: Annotated[
+        int | None, typer.Option(help="Edits that are asked about at the end, at most; all by default.", min=1)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Edits between two checkpoints; by default as often as costs next to nothing.", min=1),
+    ] = None,
+    log: Annotated[Literal["csv", "tensorboard"] | None, typer.Option(help="Also write figures as they come.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it was started.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Edit a model with the requests of a data set, and measure before, during and after."""
+    from baft.runs.folder import RunFolder
+    from baft.runs.inputs import load_config
+    from baft.runs.start import RunWords
+
+    with RunFolder(out) as folder:
+        if resume:
+            words = RunWords(**folder.started_with())
+            _agree(words, model=model, dataset=dataset, mode=mode, edits=edits)
+        elif model is None or dataset is None or mode is None:
+            raise ValueError(
+                "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)
+            )
+        elif folder.begun:
+            raise ValueError(
+                f"out: expected a new or empty folder, got {out}, which has a run in it: --resume goes on with it"
+            )
+        else:
+            words = RunWords(
+                model=model,
+                dataset=dataset,
+                mode=mode,
+                method=method,
+                config=load_config(config, seed=seed, backend=backend),
+                edits=edits,
+                slots=slots,
+                held_out=held_out,
+                measure_every=measure_every,
+                retained=retained,
+                final=final,
+                checkpoint_every=checkpoint_every,
+            )
+        _run(words, folder, log, as_json)
+
+
+def _given(*words: str | None) -> str:
+    return ", ".join(word for word in words if word) or "none"
+
+
+def _agree(words: RunWords, **given: Any) -> None:
+    """A run that goes on is as it was started; what is said again has to be the same."""
+    for name, value in given.items():
+        if value is not None and value != getattr(words, name):
+            raise ValueError(f"{name}: the run was started with {getattr(words, name)!r}, got {value!r}")
+
+
+def _run(words: RunWords, folder: RunFolder, log: str | None, as_json: bool) -> None:
+    from baft.report.overview import draw_run
+    from baft.runs.logs import open_log
+    from baft.runs.run import run_edits
+    from baft.runs.start import start
+
+    console = Console(quiet=as_json)
+    with console.progress() as watcher:
+        started = start(words, folder, on_training=watcher.training)
+        report = run_edits(
+            started.editor,
+            started.requests,
+            words.mode,
+            plan=started.plan,
+            folder=folder,
+            watcher=watcher,
+            log=open_log(log, folder.path) if log else None,
+            description=started.description,
+        )
+    draw_run(report.results, folder.picture)
+    console.report(report, folder)
+    if as_json:
+        typer.echo(json.dumps(report.results))

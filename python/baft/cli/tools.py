@@ -1,0 +1,66 @@
+"""``baft report``, ``baft testbed``, ``baft info``: what there is beside editing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from baft.cli.options import Dataset, Json, Out, Seed
+from baft.console import Console
+
+__all__ = ["info", "report", "testbed"]
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page: by default report.html, in the folder of a single run, or here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs as a page of curves, pictures and generated texts, several of them side by side."""
+    from baft.report import write_report
+
+    written = write_report(folders, out)
+    if as_json:
+        typer.echo(json.dumps({"page": str(written.page), "pictures": [str(path) for path in written.pictures]}))
+    else:
+        Console().say("\n".join(f"{path}" for path in (written.page, *written.pictures)))
+
+
+def testbed(
+    dataset: Dataset,
+    out: Out,
+    records: Annotated[int, typer.Option(help="How many records' facts the model shall know.", min=1)] = 300,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small model that knows the facts of a benchmark's records, to edit them on."""
+    import dataclasses
+
+    from baft.datasets import load_dataset
+    from baft.testbed.benchmark import RECIPE, BenchmarkKnowledge
+    from baft.testbed.folder import make_testbed
+
+    console = Console(quiet=as_json)
+    knowledge = BenchmarkKnowledge(load_dataset(dataset, limit=records))
+    with console.progress() as watcher:
+        recipe = dataclasses.replace(RECIPE, seed=seed)
+        report = make_testbed(
+            out, knowledge, recipe, facts=f"{records} records of {dataset}", on_progress=watcher.training
+        )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        console.say(f"A model of {report.parameters:,} parameters knows {report.recall:.1%} of the facts: {out}")
+
+
+def info(as_json: Json = False) -> None:
+    """Versions, backends, and what they can do here."""
+    from baft_kernels.info import collect, render
+
+    report: dict[str, Any] = collect()
+    typer.echo(json.dumps(report, indent=2) if as_json else render(report))

@@ -1,0 +1,65 @@
+"""``baft eval`` and ``baft generate``: use what was edited."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from baft.cli.options import Adapter, Edits, Json, Model
+from baft.console import Console
+
+__all__ = ["evaluate", "generate"]
+
+
+def evaluate(
+    model: Model,
+    adapter: Adapter,
+    dataset: Annotated[str | None, typer.Option(help="Measure these requests instead of the adapter's own.")] = None,
+    edits: Edits = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved adapter: on the requests that were edited, or on those of a data set."""
+    from baft.datasets import load_dataset
+    from baft.editor import BaftEditor
+    from baft.evaluation.measures import Evaluator, summarise
+    from baft.runs.inputs import load_model
+    from baft.runs.watcher import watched
+
+    console = Console(quiet=as_json)
+    with console.progress() as watcher:
+        loaded, tokenizer = load_model(model, on_training=watcher.training)
+        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
+        requests = (load_dataset(dataset) if dataset else editor.edits)[:edits]
+        evaluator = Evaluator(editor)
+        metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
+    if as_json:
+        typer.echo(json.dumps({"protocol": evaluator.protocol, "requests": len(requests), "metrics": metrics}))
+    else:
+        console.metrics({"now": metrics}, f"{len(requests)} requests")
+
+
+def generate(
+    model: Model,
+    adapter: Adapter,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with the unedited and with the edited model."""
+    from baft.editor import BaftEditor
+    from baft.runs.inputs import load_model
+
+    console = Console(quiet=as_json)
+    with console.progress() as watcher:
+        loaded, tokenizer = load_model(model, on_training=watcher.training)
+        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
+        after = editor.generate(prompts, max_new_tokens=max_new_tokens)
+        with editor.disabled():
+            before = editor.generate(prompts, max_new_tokens=max_new_tokens)
+    rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        console.continuations(rows)
