@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from tiny import REQUESTS, tiny_editor, tiny_model
 
 from baft import BaftEditor, EditRequest
@@ -80,20 +78,3 @@ def run_in(
         return run_edits(editor, requests, mode, plan=plan, folder=place, watcher=listener)
     finally:
         place.close()
-
-
-def found(folder: Path) -> dict[str, Any]:
-    """All that a run has found, without what differs from one time to the next: seconds, memory."""
-    records = [json.loads(line) for line in (folder / "edits.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["seconds"], record["training"]["seconds"]
-    results = json.loads((folder / "results.json").read_text())
-    for point in results["retention"]:
-        del point["seconds"], point["memory"]
-    tensors = {
-        f"{file.stem}.{name}": tensor.numpy().tobytes()
-        for file in sorted((folder / "adapter").glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-    kept = ("metrics", "retention", "training", "edits", "fluency")
-    return {"records": records, "tensors": tensors, **{name: results[name] for name in kept}}

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from small_runs import ASKED, PLAN, Listener, found, run_in
+from small_runs import ASKED, PLAN, Listener, run_in
 from tiny import one_thread  # noqa: F401  # a fixture
 
+from baft.engine.encoding import Encoded
+from baft.engine.history import Chunks
+from baft.engine.learner import DivergedError, Learner
+from baft.engine.schedule import Curve, OnStep, edit_next
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
+from baft.runs.outcome import outcome
 from baft.runs.run import RunPlan
 
 
@@ -51,7 +58,7 @@ def test_a_run_that_broke_off_ends_as_the_whole_one(advances: int, every: int, w
     assert not (tmp_path / "results.json").exists()
     listener = Listener()
     run_in(tmp_path, plan=plan, listener=listener)
-    assert found(tmp_path) == found(whole)
+    assert outcome(tmp_path) == outcome(whole)
     assert not any("otherwise" in said for said in listener.said)
 
 
@@ -62,7 +69,7 @@ def test_it_may_break_off_many_times(whole: Path, tmp_path: Path) -> None:
             run_in(tmp_path, listener=break_off_after(1))
         sessions += 1
     assert sessions >= len(ASKED) // 2
-    assert found(tmp_path) == found(whole)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None:
@@ -80,7 +87,7 @@ def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
     assert kills >= 3
-    assert found(tmp_path) == found(whole)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_what_a_run_says_is_checked_against_the_journal(tmp_path: Path) -> None:
@@ -107,27 +114,24 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(whole: Path, tmp_path: Path) 
     listener = Listener()
     run_in(tmp_path, listener=listener)
     assert any("is damaged" in said and "going on from 4 edits" in said for said in listener.said)
-    assert found(tmp_path) == found(whole)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_a_request_without_a_finite_loss_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from baft.engine import schedule
-    from baft.engine.learner import DivergedError
+    calls: list[Chunks] = []
 
-    edit_next, calls = schedule.edit_next, []
-
-    def diverge(trainer: object, new: object, *rest: object) -> object:
+    def diverge(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
         calls.append(new)
-        if new.ids == calls[2].ids if len(calls) > 2 else False:  # type: ignore[attr-defined]
-            edit_next(trainer, new, *rest)  # type: ignore[arg-type]  # and leave traces
-            raise DivergedError(float("nan"), 3)
-        return edit_next(trainer, new, *rest)  # type: ignore[arg-type]
+        curve = edit_next(trainer, new, past, on_step)
+        if len(calls) == 3:  # having left its traces
+            raise DivergedError(math.nan, curve.steps)
+        return curve
 
     monkeypatch.setattr("baft.trained.edit_next", diverge)
     run_in(tmp_path / "with", requests=ASKED[:5])
     monkeypatch.undo()
     run_in(tmp_path / "without", requests=[*ASKED[:2], *ASKED[3:5]])
-    with_it, without = found(tmp_path / "with"), found(tmp_path / "without")
+    with_it, without = outcome(tmp_path / "with"), outcome(tmp_path / "without")
     assert with_it["training"]["diverged"] == 1
     assert with_it["tensors"] == without["tensors"]
     diverged = with_it["records"][2]["training"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import ASKED, PLAN, found, run_in, small_editor
+from small_runs import ASKED, PLAN, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 
 from baft.runs.folder import RunFolder
+from baft.runs.outcome import outcome
 from baft.runs.run import RunPlan, open_context
 from baft.runs.undo import cost_of_drop, cost_of_rollback, drop, roll_back
 
@@ -46,12 +47,12 @@ def test_rolling_back_gives_the_state_before_a_request(done: Path, tmp_path: Pat
 
 
 def test_a_run_that_was_rolled_back_goes_on_as_the_whole_one(done: Path) -> None:
-    whole = found(done)
+    whole = outcome(done)
     place = RunFolder(done)
     roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 3)
     place.close()
     run_in(done, plan=SPARSE)
-    assert found(done) == whole
+    assert outcome(done) == whole
 
 
 def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:

@@ -32,17 +32,17 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_length: int
     subject: tuple[int, int] | None = None
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        return self.ids[: self.prompt_length]
-
     given: int = 0
 
     @property
     def answer_start(self) -> int:
         """The column of the first token that is learned; those behind it are, too."""
         return self.prompt_length + self.given
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens that the learned ones follow."""
+        return self.ids[: self.answer_start]
 
 
 def in_chunks(row: Encoded, size: int | None) -> tuple[Encoded, ...]:

@@ -92,8 +92,8 @@ class Learner(ABC):
         if past:
             sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
             drawn = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
-            asked = {row.prompt_ids for row in new}
-            rehearsed = [row for row in drawn if row.prompt_ids not in asked]
+            asked = {row.asked for row in new}
+            rehearsed = [row for row in drawn if row.asked not in asked]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
         return Lesson([*new, *rehearsed], self.unrelated.draw(wanted, generator), set)
 
@@ -142,6 +142,7 @@ class Learner(ABC):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what ``state`` returned."""
         self.generator.set_state(state["generator"].cpu())
-        self.walk.load_state(state)
+        if "walk.left" in state:  # else a state from before there were walks: this one begins anew
+            self.walk.load_state(state)
         if self._reservoir:
             self._reservoir.load_state(state)

@@ -1,0 +1,127 @@
+"""A thousand requests, one after another: do the edits hold, and does the thousandth cost what the tenth did?
+
+    python bench/long_run.py                                              FactWorld (large), 1,000 requests
+    python bench/long_run.py --model cf1200 --dataset counterfact.json    a benchmark, with a testbed that knows it
+
+Runs as ``baft run --mode sequential`` does, in a folder that is kept; broken off, the same command goes on. Prints the
+final measures, the cost of an edit at the beginning and at the end, the share of time that journal and checkpoints
+took, and how memory grew. The figures, the run's results.json and its report go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from report import RESULTS, markdown, provenance
+from rich.console import Console as Terminal
+
+from baft.config import BaftConfig
+from baft.console import Console
+from baft.report import write_report
+from baft.runs.folder import RunFolder
+from baft.runs.inputs import load_config
+from baft.runs.journal import Journal
+from baft.runs.run import run_edits
+from baft.runs.start import RunWords, start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="factworld-large")
+    parser.add_argument("--dataset", default="factworld-large")
+    parser.add_argument("--method", default="baft")
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--measure-every", type=int, default=100)
+    parser.add_argument("--config", type=Path, help="a YAML file with fields of BaftConfig")
+    parser.add_argument("--out", type=Path, help="the run's folder; runs/long/... by default")
+    options = parser.parse_args()
+    name = f"{Path(options.dataset).stem}_{options.method}_{options.edits}"
+    folder = options.out or Path("runs/long") / name
+    words = RunWords(
+        model=options.model,
+        dataset=options.dataset,
+        mode="sequential",
+        method=options.method,
+        config=load_config(options.config),
+        edits=options.edits,
+        measure_every=options.measure_every,
+    )
+    run(words, folder)
+    about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    changed = {k: v for k, v in words.config.model_dump(mode="json").items() if v != getattr(BaftConfig(), k)}
+    rows = figures(folder)
+    place = RESULTS / f"long_run_{name}"
+    place.mkdir(parents=True, exist_ok=True)
+    write_report([folder], place / "report.html")
+    shutil.copy(folder / "results.json", place)
+    (place / "figures.json").write_text(json.dumps({**about, "config": changed, "figures": rows}, indent=1) + "\n")
+    table = [["figure", "value"], *([label, f"{value:.4g}"] for label, value in rows.items())]
+    (place / "figures.md").write_text(markdown(table, about))
+    terminal = Terminal(highlight=False)
+    for label, value in rows.items():
+        terminal.print(f"{label:60} {value:.4g}")
+    terminal.print(f"Saved: {place}")
+
+
+def run(words: RunWords, folder: Path) -> None:
+    """Begin the run, or go on with it."""
+    console = Console()
+    with RunFolder(folder) as place, console.progress() as watcher:
+        started = start(RunWords(**place.started_with()) if place.begun else words, place, on_training=watcher.training)
+        run_edits(
+            started.editor,
+            started.requests,
+            words.mode,
+            plan=started.plan,
+            folder=place,
+            watcher=watcher,
+            description=started.description,
+        )
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """What the run is judged by."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    records = list(Journal(folder / "journal.sqlite", read_only=True).records(measures=False))
+    # As many edits as lie between two consolidations, so that each stretch has its share of them.
+    stretch = results["config"]["consolidate_every"] or 25
+    seconds = [record.seconds for record in records]
+    steps = [record.steps for record in records]
+    found = {
+        f"{moment} {measure}, by generation": metrics[measure]["generation"]
+        for moment, metrics in results["metrics"].items()
+        for measure in ("reliability", "generality", "locality", "portability")
+        if metrics[measure]
+    }
+    whole = sum(session["seconds"] for session in results["sessions"])
+    memory = {point["edits"]: point["memory"]["process"] / 2**20 for point in results["retention"]}
+    early = max((edits for edits in memory if edits <= 100), default=min(memory))
+    general = results["retention"][-1]["general"]
+    return {
+        **found,
+        **({"perplexity of held-out texts, unedited": general["before"]} if general else {}),
+        **({"perplexity of held-out texts, at the end": general["perplexity"]} if general else {}),
+        f"seconds an edit, edits 1 to {stretch}": fmean(seconds[:stretch]),
+        f"seconds an edit, the last {stretch}": fmean(seconds[-stretch:]),
+        "ratio of the two": _ratio(seconds, stretch),
+        "ratio of the steps": _ratio(steps, stretch),
+        "seconds an edit, all": fmean(seconds),
+        "share of journal and checkpoints": sum(s["bookkeeping_seconds"] for s in results["sessions"]) / whole,
+        f"MiB at most, up to edit {early}": memory[early],
+        "MiB at most, at the end": memory[max(memory)],
+    }
+
+
+def _ratio(values: Sequence[float], stretch: int) -> float:
+    return fmean(values[-stretch:]) / fmean(values[:stretch])
+
+
+if __name__ == "__main__":
+    main()
