@@ -49,6 +49,8 @@ class BaftConfig(BaseModel):
             matter, and there is much of that.
         locality_margin: with ``update``, the ratio up to which a change costs nothing.
         unrelated_per_step: texts drawn for the locality loss of a step.
+        subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
+            itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
@@ -94,6 +96,7 @@ class BaftConfig(BaseModel):
     locality_loss: Literal["kl", "update"] = "kl"
     locality_margin: Weight = 0.0
     unrelated_per_step: Count = 48
+    subject_texts: Count = 6
     balance_weight: Weight = 0.0
 
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -156,7 +156,7 @@ class BaftEditor(TrainedEditor):
     def _make_trainer(self) -> Trainer:
         pool = self._unrelated_texts()
         passes = Passes(self.model, self.attachment, self.encoder, pool, self._options)
-        return Trainer(passes, self.config, pool)
+        return Trainer(passes, self.config, pool, self._surroundings())
 
     def bank(self, states: Sequence[Mapping[str, Tensor]]) -> AdapterBank:
         """Edited models side by side: ``generate(prompts, adapters=bank, adapter_ids=...)`` asks each prompt of one.

@@ -21,6 +21,7 @@ from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
+from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 from baft.requests import EditRequest
 
@@ -209,6 +210,10 @@ class TrainedEditor(ABC):
     def _unrelated_texts(self) -> UnrelatedPool:
         self._unrelated = self._unrelated or self._write_unrelated()
         return UnrelatedPool(self._unrelated, self.encoder)
+
+    def _surroundings(self) -> Surroundings:
+        count = self.config.subject_texts if self.config.locality_weight > 0 else 0
+        return Surroundings(self.model, self.disabled, self.encoder, count)
 
     def _write_unrelated(self) -> list[str]:
         """Texts that the unedited model writes from nothing: what it knows, in its own words."""

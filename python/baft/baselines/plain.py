@@ -16,6 +16,7 @@ from baft.engine.encoding import IGNORED, Encoded, Encoder, TokenBatch
 from baft.engine.learner import DivergedError, Ended, Learner, Plan
 from baft.engine.sets import BETAS
 from baft.engine.step import Lesson
+from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 
 __all__ = ["PlainTrainer", "answer_losses", "logits_of"]
@@ -34,6 +35,7 @@ class PlainTrainer(Learner):
         disabled: switches off what ``weights`` do.
         config: how to train.
         unrelated: what the locality loss looks at.
+        surroundings: what it looks at of the edits' own subjects.
         learning_rate: AdamW's.
 
     Raises:
@@ -48,9 +50,10 @@ class PlainTrainer(Learner):
         disabled: Callable[[], AbstractContextManager[None]],
         config: BaftConfig,
         unrelated: UnrelatedPool,
+        surroundings: Surroundings,
         learning_rate: float,
     ) -> None:
-        super().__init__(config, unrelated)
+        super().__init__(config, unrelated, surroundings)
         if config.locality_loss != "kl":
             raise ValueError(f"locality_loss: expected kl, of a method without bases, got {config.locality_loss!r}")
         self.model = model

@@ -65,6 +65,7 @@ class WeightEditor(TrainedEditor):
             self.disabled,
             self.config,
             self._unrelated_texts(),
+            self._surroundings(),
             self._learning_rate,
         )
 

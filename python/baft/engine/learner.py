@@ -14,6 +14,7 @@ from baft.config import BaftConfig
 from baft.engine.draws import Reservoir, Walk, draw_indices
 from baft.engine.encoding import Encoded
 from baft.engine.step import Lesson
+from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 
 __all__ = ["DivergedError", "Ended", "Learner", "Plan", "Planned"]
@@ -62,15 +63,17 @@ class Learner(ABC):
     Args:
         config: how to train.
         unrelated: what the locality loss looks at.
+        surroundings: what it looks at of the edits' own subjects.
 
     Attributes:
         generator: of all that is drawn.
         walk: how far consolidation is through the history.
     """
 
-    def __init__(self, config: BaftConfig, unrelated: UnrelatedPool) -> None:
+    def __init__(self, config: BaftConfig, unrelated: UnrelatedPool, surroundings: Surroundings) -> None:
         self.config = config
         self.unrelated = unrelated
+        self.surroundings = surroundings
         self.generator = torch.Generator().manual_seed(config.seed)
         self.walk = Walk()
         self._reservoir = None if config.rehearsal_buffer is None else Reservoir(config.rehearsal_buffer)
@@ -95,7 +98,15 @@ class Learner(ABC):
             asked = {row.asked for row in new}
             rehearsed = [row for row in drawn if row.asked not in asked]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
-        return Lesson([*new, *rehearsed], self.unrelated.draw(wanted, generator), set)
+        near = self._near(new, rehearsed, generator)[: wanted // 2]
+        return Lesson([*new, *rehearsed], [*near, *self.unrelated.draw(wanted - len(near), generator)], set)
+
+    def _near(self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
+        """Texts about the subjects of a lesson: all that there are of a single new request, one of each other."""
+        texts = [self.surroundings.of(row) for row in (*new, *rehearsed)]
+        alone = texts.pop(0) if len(new) == 1 else ()
+        others = [of[int(torch.randint(len(of), (), generator=generator))] for of in texts if of]
+        return [*alone, *others]
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""

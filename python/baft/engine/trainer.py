@@ -16,6 +16,7 @@ from baft.engine.learner import Ended, Learner, Plan
 from baft.engine.passes import Passes
 from baft.engine.sets import ParameterSets
 from baft.engine.step import TrainingStep
+from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 
 __all__ = ["Trainer"]
@@ -28,13 +29,16 @@ class Trainer(Learner):
         passes: forward passes of the model under edit.
         config: how to train.
         unrelated: what the locality loss looks at.
+        surroundings: what it looks at of the edits' own subjects.
 
     Attributes:
         ahead: how many steps are begun before it is known what the step before them found.
     """
 
-    def __init__(self, passes: Passes, config: BaftConfig, unrelated: UnrelatedPool) -> None:
-        super().__init__(config, unrelated)
+    def __init__(
+        self, passes: Passes, config: BaftConfig, unrelated: UnrelatedPool, surroundings: Surroundings
+    ) -> None:
+        super().__init__(config, unrelated, surroundings)
         self.passes = passes
         device = passes.model.device
         ending = Ending(config.stop_below, device)
