@@ -35,8 +35,9 @@ def editor_of(method: str, model: PreTrainedModel | None = None, options: Any = 
     return make_editor(method, model or tiny_model(), tiny_tokenizer(), config, unrelated=UNRELATED, options=options)
 
 
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+def to_be_trained(model: nn.Module) -> set[int]:
+    """Which parameters take a gradient, whatever their names are by now."""
+    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 # -- those that train --
@@ -152,9 +153,10 @@ def test_a_model_of_16_bits_is_trained_in_32(method: str) -> None:
 def test_the_base_model_comes_back_bit_for_bit(method: str) -> None:
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)  # as its owner left it
-    weights, trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}, flags(model)
+    weights, trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}, to_be_trained(model)
     base = logits(editor_of("none", model))  # type: ignore[arg-type]
     editor = editor_of(method, model)
+    assert to_be_trained(model) == trained
     editor.edit(TWO)
     edited = logits(editor)  # type: ignore[arg-type]
     assert torch.equal(edited, base) == (method in ("none", "in-context"))
@@ -163,10 +165,11 @@ def test_the_base_model_comes_back_bit_for_bit(method: str) -> None:
             assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
         assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
     assert torch.equal(logits(editor), edited)  # type: ignore[arg-type]
+    assert to_be_trained(model) == trained
     editor.remove()
     assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
     assert_same_state(model.state_dict(), weights)
-    assert flags(model) == trained
+    assert to_be_trained(model) == trained
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -270,8 +273,10 @@ def test_the_latest_facts_are_told_as_many_as_there_is_room_for() -> None:
 
 def test_of_two_facts_with_one_prompt_the_later_is_told() -> None:
     editor = editor_of("in-context")
-    editor.edit([TWO[0], TWO[0].model_copy(update={"target": "Paris"})])
-    assert asked(editor, "Norland is") == "The capital of Norland is Paris. Norland is"
+    other = EditRequest(prompt="The king of Norland is", target="Bob", subject="Norland")
+    editor.edit([TWO[0], other, TWO[0].model_copy(update={"target": "Paris"})])
+    expected = "The king of Norland is Bob. The capital of Norland is Paris. Norland is"
+    assert asked(editor, "Norland is") == expected
 
 
 def test_facts_come_back_with_a_state() -> None:

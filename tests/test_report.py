@@ -130,6 +130,11 @@ def test_no_folders_is_an_error() -> None:
         write_report([])
 
 
+def test_a_run_named_twice_is_an_error(run: Path) -> None:
+    with pytest.raises(ValueError, match="expected different runs"):
+        write_report([run, run / ".." / run.name])
+
+
 # -- what the page holds --
 
 

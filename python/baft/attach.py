@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from baft.placement import device_of
 from baft.positions import Positions, PromptTokens
 from baft_kernels import BaftIntervention, BaftOutput, GroupedBaftIntervention
 
@@ -31,7 +32,7 @@ class Blocks:
     width: int
 
     def device(self, layer: int) -> torch.device:
-        return next(self.modules[layer].parameters()).device
+        return device_of(self.modules[layer])
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:

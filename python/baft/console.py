@@ -65,10 +65,11 @@ class Console:
 
     Args:
         quiet: keep the standard output for JSON.
+        silent: show nothing at all.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._console = RichConsole(stderr=quiet)
+    def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
+        self._console = RichConsole(stderr=quiet, quiet=silent)
         self._quiet = quiet
 
     @contextmanager

@@ -143,6 +143,8 @@ class BaftEditor(TrainedEditor):
         with evaluating(self.model):
             self._trainer = trainer = self._make_trainer()
         set_new_gates(trainer, self.config.gate_bias)
+        # Processes on unlike machines may have calibrated by a rounding differently.
+        self._options.world.copy_first_(list(self.interventions.parameters()))
         return trainer
 
     def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:

@@ -32,7 +32,7 @@ class FineTuningOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-2
     layer: Annotated[int, Field(ge=0)] | None = None
     projection: str | None = None
 

@@ -12,6 +12,7 @@ __all__ = [
     "Backend",
     "Config",
     "Dataset",
+    "DeviceMap",
     "Edits",
     "Json",
     "Method",
@@ -19,7 +20,9 @@ __all__ = [
     "OptionalDataset",
     "OptionalModel",
     "Out",
+    "Quantise",
     "Seed",
+    "TensorParallel",
 ]
 
 _MODEL = typer.Option(help="A folder, a Hugging Face name, factworld, or factworld-large.")
@@ -38,4 +41,9 @@ Method = Annotated[
     Literal["baft", "loreft", "lora", "ft", "in-context", "none"],
     typer.Option(help="What edits: BaFT, or a baseline with its losses and its schedule."),
 ]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices, memory and disk: auto.")]
+TensorParallel = Annotated[
+    bool, typer.Option("--tensor-parallel", help="Spread the model over the processes that torchrun started.")
+]
+Quantise = Annotated[str | None, typer.Option(help="Load the model as bnb-4bit, bnb-8bit or torchao-int8.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

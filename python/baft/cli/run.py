@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from baft.cli.options import Backend, Config, Edits, Json, Method, OptionalDataset, OptionalModel, Out, Seed
+from baft.cli.options import (
+    Backend,
+    Config,
+    DeviceMap,
+    Edits,
+    Json,
+    Method,
+    OptionalDataset,
+    OptionalModel,
+    Out,
+    Quantise,
+    Seed,
+    TensorParallel,
+)
 from baft.console import Console
 
 if TYPE_CHECKING:
+    from baft.distributed import World
     from baft.runs.folder import RunFolder
     from baft.runs.start import RunWords
 
@@ -51,6 +67,9 @@ def run(
     slots: Annotated[
         int | None, typer.Option(help="Single edits trained at a time; chosen by the memory that is free.", min=1)
     ] = None,
+    device_map: DeviceMap = None,
+    tensor_parallel: TensorParallel = False,
+    quantise: Quantise = None,
     held_out: Annotated[Path | None, typer.Option(help="Texts for general ability, one a line.")] = None,
     measure_every: Annotated[
         int | None, typer.Option(help="Measure earlier edits after so many, beside 1, 10, 100, ...", min=1)
@@ -68,38 +87,46 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Edit a model with the requests of a data set, and measure before, during and after."""
+    from baft.distributed import launched
     from baft.runs.folder import RunFolder
     from baft.runs.inputs import load_config
     from baft.runs.start import RunWords
 
-    with RunFolder(out) as folder:
+    def chosen(folder: RunFolder) -> RunWords:
         if resume:
             words = RunWords(**folder.started_with())
             _agree(words, model=model, dataset=dataset, mode=mode, edits=edits)
-        elif model is None or dataset is None or mode is None:
+            return words
+        if model is None or dataset is None or mode is None:
             raise ValueError(
                 "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)
             )
-        elif folder.begun:
+        if folder.begun:
             raise ValueError(
                 f"out: expected a new or empty folder, got {out}, which has a run in it: --resume goes on with it"
             )
-        else:
-            words = RunWords(
-                model=model,
-                dataset=dataset,
-                mode=mode,
-                method=method,
-                config=load_config(config, seed=seed, backend=backend),
-                edits=edits,
-                slots=slots,
-                held_out=held_out,
-                measure_every=measure_every,
-                retained=retained,
-                final=final,
-                checkpoint_every=checkpoint_every,
-            )
-        _run(words, folder, log, as_json)
+        return RunWords(
+            model=model,
+            dataset=dataset,
+            mode=mode,
+            method=method,
+            config=load_config(config, seed=seed, backend=backend),
+            edits=edits,
+            slots=slots,
+            device_map=device_map,
+            tensor_parallel=tensor_parallel,
+            quantise=quantise,
+            held_out=held_out,
+            measure_every=measure_every,
+            retained=retained,
+            final=final,
+            checkpoint_every=checkpoint_every,
+        )
+
+    with launched() as world, RunFolder(out) if world.writes else nullcontext() as folder:
+        words = world.first_ones(None if folder is None else chosen(folder))
+        assert words is not None
+        _run(words, folder, log, as_json, replace(world, one_model=words.tensor_parallel))
 
 
 def _given(*words: str | None) -> str:
@@ -113,25 +140,38 @@ def _agree(words: RunWords, **given: Any) -> None:
             raise ValueError(f"{name}: the run was started with {getattr(words, name)!r}, got {value!r}")
 
 
-def _run(words: RunWords, folder: RunFolder, log: str | None, as_json: bool) -> None:
+def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:
     from baft.report.overview import draw_run
     from baft.runs.logs import open_log
     from baft.runs.run import run_edits
     from baft.runs.start import start
 
-    console = Console(quiet=as_json)
+    console = Console(quiet=as_json, silent=not world.writes)
     with console.progress() as watcher:
-        started = start(words, folder, on_training=watcher.training)
-        report = run_edits(
-            started.editor,
-            started.requests,
-            words.mode,
-            plan=started.plan,
-            folder=folder,
-            watcher=watcher,
-            log=open_log(log, folder.path) if log else None,
-            description=started.description,
-        )
+        started = start(words, folder, on_training=watcher.training, world=world)
+        figures = open_log(log, folder.path) if log and folder else None
+        try:
+            report = run_edits(
+                started.editor,
+                started.requests,
+                words.mode,
+                plan=started.plan,
+                folder=folder,
+                watcher=watcher,
+                log=figures,
+                description=started.description,
+                world=world,
+            )
+        except KeyboardInterrupt:
+            if folder:
+                edits = len(folder.journal.positions())
+                console.say(f"Stopped after {edits} edits; `baft run --resume --out {folder.path}` goes on from there.")
+            raise typer.Exit(1) from None
+        finally:
+            if figures:
+                figures.close()
+    if folder is None:
+        return
     draw_run(report.results, folder.picture)
     console.report(report, folder)
     if as_json:

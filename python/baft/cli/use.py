@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from baft.cli.options import Adapter, Edits, Json, Model
+from baft.cli.options import Adapter, DeviceMap, Edits, Json, Model, Quantise
 from baft.console import Console
 
 __all__ = ["evaluate", "generate"]
@@ -18,6 +18,8 @@ def evaluate(
     adapter: Adapter,
     dataset: Annotated[str | None, typer.Option(help="Measure these requests instead of the adapter's own.")] = None,
     edits: Edits = None,
+    device_map: DeviceMap = None,
+    quantise: Quantise = None,
     as_json: Json = False,
 ) -> None:
     """Measure a saved adapter: on the requests that were edited, or on those of a data set."""
@@ -29,7 +31,7 @@ def evaluate(
 
     console = Console(quiet=as_json)
     with console.progress() as watcher:
-        loaded, tokenizer = load_model(model, on_training=watcher.training)
+        loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
         editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
         requests = (load_dataset(dataset) if dataset else editor.edits)[:edits]
         evaluator = Evaluator(editor)
@@ -45,6 +47,8 @@ def generate(
     adapter: Adapter,
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    device_map: DeviceMap = None,
+    quantise: Quantise = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts with the unedited and with the edited model."""
@@ -53,7 +57,7 @@ def generate(
 
     console = Console(quiet=as_json)
     with console.progress() as watcher:
-        loaded, tokenizer = load_model(model, on_training=watcher.training)
+        loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
         editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
         after = editor.generate(prompts, max_new_tokens=max_new_tokens)
         with editor.disabled():

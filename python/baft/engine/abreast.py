@@ -18,6 +18,7 @@ from baft.engine.schedule import Curve, OnStep, Progress
 from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, TrainingStep
 from baft.engine.trainer import Trainer
+from baft.placement import device_of
 from baft_kernels import GroupedBaftIntervention
 
 __all__ = ["EditsAbreast", "Finished"]
@@ -68,7 +69,7 @@ class EditsAbreast:
         self._waiting = deque(sorted(range(len(requests)), key=self._length))
         self._origin: Mapping[str, Tensor] = {**trainer.step.sets.state(), **trainer.course()}
         self._from_identity = trainer.step.sets.are_identity()
-        self._device = trainer.passes.model.device
+        self._device = device_of(trainer.passes.model)
         self._planned = slots is not None
         self._slots: list[_Slot | None] = []
         self._step: TrainingStep | None = None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from baft.attach import Attachment
 from baft.engine.encoding import Encoded, Encoder
+from baft.placement import device_of
 
 __all__ = ["calibrate_gates"]
 
@@ -33,7 +34,7 @@ def calibrate_gates(
     would be stuck open, stuck shut or linear; calibrated, it cuts the model's own inputs in two, and different ones
     differently.
     """
-    batch = encoder.batch(texts, model.device)
+    batch = encoder.batch(texts, device_of(model))
     mask = batch.attention_mask.bool()
     inputs: dict[int, Tensor] = {}
 

@@ -13,6 +13,7 @@ from baft.attach import Attachment
 from baft.bank import AdapterBank
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.modes import evaluating
+from baft.placement import device_of
 
 __all__ = ["OnBatch", "force_answers", "generate_texts"]
 
@@ -54,7 +55,7 @@ def generate_texts(
     texts = [""] * len(rows)
     edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
     for chosen in _batches_by_length(rows, batch_size):
-        batch = encoder.batch([rows[index] for index in chosen], model.device, side="left")
+        batch = encoder.batch([rows[index] for index in chosen], device_of(model), side="left")
         with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
                 input_ids=batch.ids,
@@ -95,7 +96,7 @@ def force_answers(
     forced: list[tuple[list[int], list[int]]] = [([], [])] * len(rows)
     edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
     for chosen in _batches_by_length(rows, batch_size):
-        batch = encoder.batch([rows[index] for index in chosen], model.device)
+        batch = encoder.batch([rows[index] for index in chosen], device_of(model))
         with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
         predicted = logits.argmax(-1).tolist()

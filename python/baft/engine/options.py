@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baft.distributed import ALONE, World
+
 __all__ = ["EngineOptions"]
 
 
@@ -19,6 +21,8 @@ class EngineOptions:
         memory: bytes that ``replay`` may remember in.
         graphs: on an NVIDIA GPU, capture the steps of sequential and batched edits in CUDA graphs, one for each shape,
             and replay them. Off by default, as it has yet to run on one; the tests show it on a stand-in.
+        world: processes that edit together: each trains on a part of every step's texts, all end up with the same
+            parameters. Single edits are each process's own.
 
     Raises:
         ValueError: for a number that isn't positive.
@@ -30,6 +34,7 @@ class EngineOptions:
     slots: int | None = None
     memory: int = 2 << 30
     graphs: bool = False
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         for name in ("slots", "memory"):

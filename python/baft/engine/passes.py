@@ -23,6 +23,7 @@ from baft.engine.options import EngineOptions
 from baft.engine.replay import Replay
 from baft.engine.transfer import sent
 from baft.engine.unrelated import UnrelatedPool
+from baft.placement import device_of
 from baft_kernels import GroupedBaftIntervention
 
 __all__ = ["PassInputs", "Passed", "Passes"]
@@ -228,7 +229,7 @@ class Passes:
             [0] * len(texts) if sets is None else sets,
             positions=self.attachment.positions,
             pad_id=self.encoder.pad_id,
-            device=self.model.device,
+            device=device_of(self.model),
             side_by_side=self._side_by_side,
             masked_in=self.model.dtype if masked else None,
             few_shapes=few_shapes,

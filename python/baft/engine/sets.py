@@ -134,6 +134,10 @@ class ParameterSets:
             if not distance <= NEAR:
                 retract_(basis)
 
+    def gradients(self) -> list[Tensor]:
+        """What the parameters' gradients are accumulated in."""
+        return [leaf.grad for leaf in self._leaves.values() if leaf.grad is not None]
+
     def drop_gradients(self) -> None:
         for leaf in self._leaves.values():
             leaf.grad = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from baft import objective
 from baft.config import BaftConfig
+from baft.distributed import ALONE, World
 from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded
 from baft.engine.ending import Ending, Watch
+from baft.engine.parallel import Part
 from baft.engine.passes import Passed, Passes, PassInputs
 from baft.engine.sets import ParameterSets
 from baft.engine.transfer import sent
@@ -56,6 +58,7 @@ class StepInputs:
         edit_tokens, unrelated_tokens: how many tokens of edits and of unrelated texts each lesson has, [L + 1].
         rates: learning rates, as ``ParameterSets.rates`` has them.
         watch: which losses end the edit; None where the host decides.
+        part: what part of the lessons all this is, where other processes have the rest; else None.
         sets: the parameter set of each lesson.
     """
 
@@ -67,7 +70,16 @@ class StepInputs:
     unrelated_tokens: Tensor
     rates: Tensor
     watch: Watch | None
+    part: Part | None
     sets: tuple[int, ...]
+
+    @property
+    def edit_share(self) -> Tensor | None:
+        return None if self.part is None else self.part.edit_share
+
+    @property
+    def unrelated_share(self) -> Tensor | None:
+        return None if self.part is None else self.part.unrelated_share
 
 
 class Found(NamedTuple):
@@ -88,6 +100,7 @@ class TrainingStep:
         config: weights and rates.
         usage: by layer the sum of w over the tokens of all finished edits, [r]: the constant part of load balancing.
         ending: ends edits on the device; None leaves it to the host.
+        world: processes that take each step together; all are given the same lessons.
     """
 
     def __init__(
@@ -97,12 +110,14 @@ class TrainingStep:
         config: BaftConfig,
         usage: Mapping[int, Tensor] | None = None,
         ending: Ending | None = None,
+        world: World = ALONE,
     ) -> None:
         self.passes = passes
         self.sets = sets
         self.config = config
         self.usage = dict(usage or sets.new_usage())
         self.ending = ending
+        self.world = world
 
     def __call__(self, lessons: Sequence[Lesson]) -> Tensor:
         """Train each lesson's set once on it, and wait for it.
@@ -137,6 +152,7 @@ class TrainingStep:
                 the last one of its stretch: see ``Watch``.
             few_shapes: pad so that different lessons come out in the same shapes.
         """
+        whole, lessons = lessons, [self._own(lesson) for lesson in lessons]
         edits = [text for lesson in lessons for text in lesson.edits]
         unrelated = [text for lesson in lessons for text in lesson.unrelated]
         of_edits = [lesson.set for lesson in lessons for _ in lesson.edits]
@@ -156,30 +172,44 @@ class TrainingStep:
 
         wanted = [token for text in edits for token in text.ids[text.answer_start :]]
         answers = [len(text.ids) - text.answer_start for text in edits]
+        part = None
+        if self.world.parts > 1:
+            part = Part.of(
+                self.world,
+                [len(lesson.edits) for lesson in whole],
+                [(_tokens(own.unrelated), _tokens(full.unrelated)) for own, full in zip(lessons, whole, strict=True)],
+                device,
+            )
         watch = None
         if watched is not None:
             first_edits, first, last = watched
-            flags = [k < first_edits for k in range(count)]
+            flags = [k < first_edits for k in range(count if part is None else part.edits)]
             watch = Watch(*(sent(value, device, torch.bool) for value in (flags, first, last)))
         return StepInputs(
             texts=texts,
             wanted=sent(wanted + [0] * (len(texts.answer_cells) - len(wanted)), device),
             answers=sizes(answers + [0] * (count - len(edits)), len(texts.answer_cells)),
             edits=sizes([len(lesson.edits) for lesson in lessons], count),
-            edit_tokens=sizes(
-                [sum(len(text.ids) for text in lesson.edits) for lesson in lessons], len(texts.edit_cells)
-            ),
-            unrelated_tokens=sizes(
-                [sum(len(text.ids) for text in lesson.unrelated) for lesson in lessons], len(texts.unrelated_cells)
-            ),
+            edit_tokens=sizes([_tokens(lesson.edits) for lesson in lessons], len(texts.edit_cells)),
+            unrelated_tokens=sizes([_tokens(lesson.unrelated) for lesson in lessons], len(texts.unrelated_cells)),
             rates=self.sets.rates(rate),
             watch=watch,
+            part=part,
             sets=tuple(lesson.set for lesson in lessons),
         )
+
+    def _own(self, lesson: Lesson) -> Lesson:
+        """This process's part of a lesson; never one without an edit, from which there would be nothing to run."""
+        if self.world.parts == 1:
+            return lesson
+        edits = self.world.share(lesson.edits) or lesson.edits[:1]
+        return replace(lesson, edits=edits, unrelated=self.world.share(lesson.unrelated))
 
     def compute(self, inputs: StepInputs) -> Found:
         """Train on what was arranged."""
         per_edit, loss = self._differentiate(inputs)
+        if inputs.part is not None:
+            per_edit, loss = inputs.part.gathered(per_edit, loss, self.sets.gradients())
         left_out = None
         if inputs.watch is not None:
             assert self.ending is not None
@@ -204,13 +234,14 @@ class TrainingStep:
             if config.smoothing > 0:
                 smoothed = objective.smoothed_nll(passed.answers, wanted, config.smoothing, config.stop_below)
                 taught = _means(smoothed, inputs.answers)
-            loss = _means(taught, inputs.edits)
+            loss = _means(taught, inputs.edits, inputs.edit_share)
             if config.balance_weight > 0:
                 loss = loss + config.balance_weight * self._balance(passed, inputs)
             if passed.edited is not None:
                 assert passed.unedited is not None
                 change = objective.kl_to_base(passed.edited, passed.unedited)
-                loss = loss + config.locality_weight * _means(change, inputs.unrelated_tokens)
+                changes = _means(change, inputs.unrelated_tokens, inputs.unrelated_share)
+                loss = loss + config.locality_weight * changes
             if by_update:
                 loss = loss + config.locality_weight * self._relative_update(passed, inputs)
             total = loss.sum()
@@ -219,13 +250,19 @@ class TrainingStep:
 
     def _balance(self, passed: Passed, inputs: StepInputs) -> Tensor:
         """Of each lesson, the mean over layers, [lessons]."""
-        terms = []
+        usages: dict[int, Tensor] = {}
         for layer, record in passed.records.items():
             here = record.weights.device
             weights = record.weights.flatten(0, 1).index_select(0, inputs.texts.edit_cells.to(here))
-            usage = objective.sum_of(weights, inputs.edit_tokens.to(here))[:-1]
-            terms.append(objective.balance(self.usage[layer], usage).to(passed.answers.device))
-        return torch.stack(terms).mean(0)
+            usages[layer] = objective.sum_of(weights, inputs.edit_tokens.to(here))[:-1]
+        constant: Mapping[int, Tensor] = self.usage
+        if inputs.part is not None:
+            usages = {layer: inputs.part.counted(usage) for layer, usage in usages.items()}
+            others = zip(usages, inputs.part.of_others(list(usages.values())), strict=True)
+            constant = {layer: self.usage[layer] + usage for layer, usage in others}
+        terms = [objective.balance(constant[layer], usage) for layer, usage in usages.items()]
+        mean = torch.stack([term.to(passed.answers.device) for term in terms]).mean(0)
+        return mean if inputs.part is None else inputs.part.once(mean)
 
     def _relative_update(self, passed: Passed, inputs: StepInputs) -> Tensor:
         """Likewise, over the unrelated texts."""
@@ -237,7 +274,8 @@ class TrainingStep:
                 record.squared_norm.flatten().index_select(0, cells),
                 self.config.locality_margin,
             )
-            terms.append(_means(change, inputs.unrelated_tokens).to(passed.answers.device))
+            means = _means(change, inputs.unrelated_tokens, inputs.unrelated_share)
+            terms.append(means.to(passed.answers.device))
         return torch.stack(terms).mean(0)
 
     def count_usage(self, edits: Sequence[Encoded]) -> None:
@@ -258,6 +296,14 @@ class TrainingStep:
             }
 
 
-def _means(values: Tensor, sizes: Tensor) -> Tensor:
-    """``objective.mean_of``, but for the last group, which is padding."""
-    return objective.mean_of(values, sizes.to(values.device))[:-1]
+def _means(values: Tensor, sizes: Tensor, share: Tensor | None = None) -> Tensor:
+    """``objective.mean_of``, but for the last group, which is padding.
+
+    Where a process has only a ``share`` of each group, [L], it is what that adds to the mean over all.
+    """
+    means = objective.mean_of(values, sizes.to(values.device))[:-1]
+    return means if share is None else means * share.to(means.device)
+
+
+def _tokens(texts: Sequence[Encoded]) -> int:
+    return sum(len(text.ids) for text in texts)

@@ -56,8 +56,7 @@ class Surroundings:
         if not self._count or row.subject is None or row.subject[0] == row.subject[1]:
             return ()
         first, end = row.subject
-        subject = self._encoder.tokenizer.decode(list(row.ids[first:end]), skip_special_tokens=True).strip()
-        return self._written(subject, row.ids[: row.prompt_length])
+        return self._written(self._text(row.ids[first:end]).strip(), row.ids[: row.prompt_length])
 
     @torch.no_grad()
     def _write(self, subject: str, prompt: tuple[int, ...]) -> tuple[Encoded, ...]:

@@ -18,6 +18,7 @@ from baft.engine.sets import ParameterSets
 from baft.engine.step import TrainingStep
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
+from baft.placement import device_of
 
 __all__ = ["Trainer"]
 
@@ -40,10 +41,10 @@ class Trainer(Learner):
     ) -> None:
         super().__init__(config, unrelated, surroundings)
         self.passes = passes
-        device = passes.model.device
+        device = device_of(passes.model)
         ending = Ending(config.stop_below, device)
         sets = ParameterSets(passes.attachment.interventions, config)
-        self.step = TrainingStep(passes, sets, config, ending=ending)
+        self.step = TrainingStep(passes, sets, config, ending=ending, world=passes.options.world)
         self.graphs = Graphs(self.step, CudaCapture(device), self._why_no_graphs())
         self.ahead = 1 if device.type == "cuda" else 0
 
@@ -74,6 +75,8 @@ class Trainer(Learner):
     def _why_no_graphs(self) -> str | None:
         if not self.passes.options.graphs:
             return "switched off"
+        if self.passes.options.world.parts > 1:
+            return "several processes take each step together"
         return CudaCapture.why_not(sorted({weight.device for weight in self.passes.model.parameters()}, key=str))
 
     def moments(self) -> dict[str, Tensor]:

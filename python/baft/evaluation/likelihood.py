@@ -11,6 +11,7 @@ from baft import objective
 from baft.editing import Editor
 from baft.engine.encoding import IGNORED, Encoded
 from baft.engine.modes import evaluating
+from baft.placement import device_of
 
 __all__ = ["negative_log_likelihoods", "perplexity"]
 
@@ -31,7 +32,7 @@ def perplexity(editor: Editor, texts: Sequence[str], *, batch_size: int = 64) ->
 def negative_log_likelihoods(editor: Editor, rows: Sequence[Encoded], batch_size: int) -> Iterator[tuple[float, int]]:
     """Of what follows each row's prompt: the sum over its tokens, under the edits, and how many they are."""
     for first in range(0, len(rows), batch_size):
-        batch = editor.encoder.batch(rows[first : first + batch_size], editor.model.device)
+        batch = editor.encoder.batch(rows[first : first + batch_size], device_of(editor.model))
         with evaluating(editor.model):
             logits = editor.model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
         wanted = batch.labels[:, 1:]

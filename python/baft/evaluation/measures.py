@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baft.distributed import ALONE, World
 from baft.editing import Editor, SideBySide
 from baft.engine.generation import OnBatch
 from baft.evaluation.base_answers import BaseAnswers, Forced, RememberedAnswers
@@ -41,6 +42,8 @@ class Evaluator:
         max_new_tokens: length of the generated answers.
         batch_size: sequences at once.
         base: where the unedited model's answers are kept; by default in memory.
+        world: processes whose editors and base answers are alike. Each asks a share of the questions, and all have all
+            answers. The states of single edits are each process's own, and so are the questions to them.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class Evaluator:
         max_new_tokens: int = 16,
         batch_size: int = 64,
         base: BaseAnswers | None = None,
+        world: World = ALONE,
     ) -> None:
         self.editor = editor
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.base = base or RememberedAnswers()
+        self.world = world
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -78,13 +83,17 @@ class Evaluator:
 
     def record_base(self, requests: Iterable[EditRequest], on_batch: OnBatch | None = None) -> None:
         """Record the unedited model's answers to every question about ``requests``."""
+        self._record(requests, self.world, on_batch)
+
+    def _record(self, requests: Iterable[EditRequest], world: World, on_batch: OnBatch | None = None) -> None:
         asked = [question for request in requests for question in questions(request)]
         new = [prompt for prompt in dict.fromkeys(q.prompt for q in asked) if self.base.text(prompt) is None]
         pairs = dict.fromkeys((q.prompt, q.answers[0]) for q in asked if q.measure == "locality" and q.answers)
         unforced = [pair for pair in pairs if self.base.forced(*pair) is None]
         if new or unforced:
             with self.editor.disabled():
-                texts, forced = self._generate(new, on_batch), self._force(unforced)
+                texts = world.merged(self._generate(world.share(new), on_batch))
+                forced = world.merged(self._force(world.share(unforced)))
             self.base.add_base(dict(zip(new, texts, strict=True)), dict(zip(unforced, forced, strict=True)))
 
     def measure(
@@ -100,12 +109,20 @@ class Evaluator:
             states: of each request the state of the editor that is asked, such as ``EditOutcome.state``: all are asked
                 side by side, where the editor can. None asks the model as it is now.
         """
-        if states is not None and not isinstance(self.editor, SideBySide):
-            return self._measure_in_turn(requests, states, on_batch)
+        if states is None:
+            self._record(requests, self.world)
+            return self.world.merged(self._ask(self.world.share(requests), on_batch))
+        self._record(requests, ALONE)
+        if isinstance(self.editor, SideBySide):
+            return self._ask(requests, on_batch, self.editor.bank(states))
+        return self._ask_in_turn(requests, on_batch, states)
+
+    def _ask(
+        self, requests: Sequence[EditRequest], on_batch: OnBatch | None, bank: Any = None
+    ) -> list[list[ProbeResult]]:
+        """Ask about each of ``requests`` the model as it is now, or each a state of its own, of a bank of them."""
         asked = [list(questions(request)) for request in requests]
         flat = [question for group in asked for question in group]
-        self.record_base(requests)
-        bank = self.editor.bank(states) if isinstance(self.editor, SideBySide) and states is not None else None
         by = [index for index, group in enumerate(asked) for _ in group]
 
         def options(chosen: Sequence[int]) -> dict[str, Any]:
@@ -121,15 +138,15 @@ class Evaluator:
         )
         return [[next(results) for _ in group] for group in asked]
 
-    def _measure_in_turn(
-        self, requests: Sequence[EditRequest], states: Sequence[Mapping[str, Tensor]], on_batch: OnBatch | None
+    def _ask_in_turn(
+        self, requests: Sequence[EditRequest], on_batch: OnBatch | None, states: Sequence[Mapping[str, Tensor]]
     ) -> list[list[ProbeResult]]:
         before = self.editor.state()
         results = []
         try:
             for request, state in zip(requests, states, strict=True):
                 self.editor.load_state(dict(state))
-                results += self.measure([request], on_batch)
+                results += self._ask([request], on_batch)
         finally:
             self.editor.load_state(before)
         return results

@@ -65,11 +65,13 @@ def write_report(
         most_edits: of a run with more edits than these the page has a sample, failures first, and says so.
 
     Raises:
-        ValueError: if one of the folders has no finished run, or one of another format.
+        ValueError: if one of the folders has no finished run, or one of another format, or is named twice.
     """
     sources = [read_run(folder) for folder in folders]
     if not sources:
         raise ValueError("report: expected the folder of at least one run, got none")
+    if len({Path(source.name).resolve() for source in sources}) < len(sources):
+        raise ValueError(f"report: expected different runs, got {', '.join(source.name for source in sources)}")
     page = Path(out) if out else Path(folders[0] if len(sources) == 1 else ".") / "report.html"
     with panel_style():
         runs = [_prepared(label, s, most_edits) for label, s in zip(words.labels(sources), sources, strict=True)]

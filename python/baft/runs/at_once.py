@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
+from collections.abc import Sequence
 
 from baft.editing import EditOutcome
 from baft.runs.context import RunContext, in_groups
@@ -16,47 +19,52 @@ _MEASURED_TOGETHER = 32
 
 def edit_singly(context: RunContext) -> None:
     """Each request alone, several at a time; those that are done are measured side by side, and written down."""
-    done = set(context.journal.positions())
+    world, done = context.world, set(context.journal.positions())
     left = [position for position in context.order() if position not in done]
     context.watcher.stage("editing", len(left) + len(done), len(done))
     for group in in_groups(left):
         context.evaluator.record_base(context.at(group))
-    began = time.perf_counter()
-    unmeasured: list[EditOutcome] = []
-
-    def keep() -> None:
-        nonlocal began
-        # Several were trained at a time: each has its share of the time.
-        seconds = (time.perf_counter() - began) / len(unmeasured)
-        requests = [outcome.request for outcome in unmeasured]
-        states = [outcome.state for outcome in unmeasured if outcome.state is not None]
-        measured = context.evaluator.measure(requests, states=states)
-        records = [
-            EditRecord(left[outcome.index], outcome.request, outcome.curve, seconds, outcome.curve.steps, immediate)
-            for outcome, immediate in zip(unmeasured, measured, strict=True)
-        ]
-        context.journal.add(*records)
-        for record in records:
-            context.watcher.advance(f"loss {record.curve.losses[-1]:.3f}" if record.curve.losses else "")
-        unmeasured.clear()  # and let their states go
+    own = world.share(left)
+    outcomes = context.editor.edit_each(context.at(own)) if own else iter(())
+    # One process may have an edit more than another: all come here as often as the one with the most.
+    for _ in range(0, math.ceil(len(left) / world.parts), _MEASURED_TOGETHER):
         began = time.perf_counter()
+        finished = list(itertools.islice(outcomes, _MEASURED_TOGETHER))
+        for records in world.gathered(_measured(context, own, finished, time.perf_counter() - began)):
+            context.journal.add(*records)
+            for record in records:
+                context.watcher.advance(f"loss {record.curve.losses[-1]:.3f}" if record.curve.losses else "")
 
-    for outcome in context.editor.edit_each(context.at(left)):
-        unmeasured.append(outcome)
-        if len(unmeasured) == _MEASURED_TOGETHER:
-            keep()
-    if unmeasured:
-        keep()
+
+def _measured(
+    context: RunContext, positions: Sequence[int], outcomes: Sequence[EditOutcome], seconds: float
+) -> list[EditRecord]:
+    """Records of single edits that took so long together: as they were trained at a time, each has its share of it."""
+    if not outcomes:
+        return []
+    requests = [outcome.request for outcome in outcomes]
+    states = [outcome.state for outcome in outcomes if outcome.state is not None]
+    return [
+        EditRecord(
+            positions[outcome.index],
+            outcome.request,
+            outcome.curve,
+            seconds / len(outcomes),
+            outcome.curve.steps,
+            asked,
+        )
+        for outcome, asked in zip(outcomes, context.evaluator.measure(requests, states=states), strict=True)
+    ]
 
 
 def edit_in_one_batch(context: RunContext) -> None:
     """All requests together; what was broken off before its end begins anew."""
     order, checkpoints = context.order(), context.checkpoints
     if context.journal.positions():
-        assert checkpoints is not None
-        known = checkpoints.newest(len(order))
+        known = context.checkpoint(len(order))
         if known is None:
-            raise ValueError(f"{checkpoints.folder}: expected the edited state, found {checkpoints.damaged or 'none'}")
+            damaged = checkpoints.damaged if checkpoints else []
+            raise ValueError(f"checkpoints: expected the edited state, found {', '.join(damaged) or 'none'}")
         context.editor.load_state(known.state)
         context.editor.edits = context.at(order)
         return

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baft.distributed import ALONE, World
 from baft.editing import Editor
 from baft.evaluation.measures import Evaluator
 from baft.requests import EditRequest
-from baft.runs.checkpoints import Checkpoints
+from baft.runs.checkpoints import Checkpoint, Checkpoints
 from baft.runs.journal import Journal
 from baft.runs.logs import MetricsLog
 from baft.runs.retention import Retention
@@ -36,6 +37,8 @@ class RunContext:
         log: gets the figures as they come.
         final: edits that are asked about at the end, at most; None asks about all.
         conflicts: requests for the same thing, as ``baft.runs.conflicts`` finds them.
+        world: the processes that share the run. Each has an editor and a journal, and all of them are alike but for
+            single edits; what is on the disk is one's.
     """
 
     editor: Editor
@@ -48,6 +51,7 @@ class RunContext:
     log: MetricsLog | None = None
     final: int | None = None
     conflicts: list[dict[str, Any]] = field(default_factory=list)
+    world: World = ALONE
 
     def order(self) -> list[int]:
         """Positions of the requests that are to be edited, in order."""
@@ -56,6 +60,10 @@ class RunContext:
 
     def at(self, positions: Sequence[int]) -> list[EditRequest]:
         return [self.requests[position] for position in positions]
+
+    def checkpoint(self, edits: int) -> Checkpoint | None:
+        """The newest one of no more than so many edits."""
+        return self.world.first_ones(self.checkpoints.newest(edits) if self.checkpoints and edits else None)
 
     def say(self, text: str) -> None:
         """Say something aloud, and keep it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from baft.requests import EditRequest
 from baft.runs.environment import versions
@@ -76,9 +77,20 @@ def hash_of_model(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":
-            hashed.update(str(_sums(weight.detach().contiguous())).encode())
+        for part in _plain(weight.detach()):
+            if part.device.type != "meta":
+                hashed.update(str(_sums(part.contiguous())).encode())
     return hashed.hexdigest()
+
+
+def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a weight is made of: that of a quantised or distributed model is several tensors, or a part of one."""
+    if is_traceable_wrapper_subclass(weight):
+        names, _ = weight.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(weight, name))
+    else:
+        yield weight
 
 
 def _sums(weight: torch.Tensor) -> list[int]:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.config import BaftConfig
 from baft.datasets import load_dataset
 from baft.datasets.factworld import WORLDS
 from baft.evaluation.probes import questions
 from baft.requests import EditRequest
+from baft.runs.placed import default_device, placement
 from baft.testbed.folder import RECIPES, factworld_folder, without_progress_bars
 from baft.testbed.training import OnProgress
 
@@ -45,27 +45,40 @@ class Assignment:
     held_out: list[str]
 
 
-def load_model(name: str, *, on_training: OnProgress | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str,
+    *,
+    device_map: str | None = None,
+    tensor_parallel: bool = False,
+    quantise: str | None = None,
+    on_training: OnProgress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
     Args:
         name: a folder, a Hugging Face name, or a FactWorld's, whose model is trained at its first use.
+        device_map: spread it over the devices, with what doesn't fit in memory and on disk ("auto", or another that
+            transformers knows); by default it is on one.
+        tensor_parallel: spread each of its matrices over the processes that torchrun started, by the model's own plan.
+        quantise: make its weights small while loading (``baft.runs.placed.QUANTISATIONS``); they stay so.
 
     Raises:
-        ValueError: if it can't be loaded.
+        ValueError: if it can't be loaded, or something for it isn't installed.
     """
     source = str(factworld_folder(WORLDS[name](), RECIPES[name], on_progress=on_training)) if name in WORLDS else name
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with without_progress_bars() if name in WORLDS else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            options = placement(AutoConfig.from_pretrained(source), device_map, tensor_parallel, quantise)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model: expected a folder, a Hugging Face name or {' or '.join(WORLDS)}, got {name!r} ({reason})"
         ) from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' decorator hides to's signature
+    if not options:
+        model.to(default_device())  # type: ignore[arg-type]  # transformers' decorator hides its signature
+    return model.eval(), tokenizer
 
 
 def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from baft.distributed import World
 from baft.evaluation.base_answers import Forced
 from baft.evaluation.probes import ProbeResult
 from baft.requests import EditRequest
@@ -70,6 +71,20 @@ class Journal:
             self._connection.executescript(_TABLES)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
+
+    @classmethod
+    def copy_of(cls, journal: Journal, world: World) -> Journal:
+        """In the first process ``journal`` itself, in the others a copy of that one, in memory."""
+        statements = world.first_ones([*journal._connection.iterdump()] if world.size > 1 and world.writes else [])
+        if world.writes:
+            return journal
+        copy = cls(None)
+        copy._connection.executescript("".join(f"DROP TABLE {name};" for name in copy._tables()))
+        copy._connection.executescript("\n".join(statements))
+        return copy
+
+    def _tables(self) -> list[str]:
+        return [name for (name,) in self._rows("SELECT name FROM sqlite_schema WHERE type = 'table'")]
 
     def close(self) -> None:
         self._connection.close()

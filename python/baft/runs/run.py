@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baft.distributed import ALONE, World
 from baft.editing import Editor, Mode
 from baft.evaluation.fluency import fluency
 from baft.evaluation.measures import Evaluator, summarise
@@ -71,6 +72,7 @@ def run_edits(
     watcher: Watcher | None = None,
     log: MetricsLog | None = None,
     description: dict[str, Any] | None = None,
+    world: World = ALONE,
 ) -> RunReport:
     """Edit ``requests`` and measure them; a run that ``folder`` has the beginning of goes on where it broke off.
 
@@ -85,13 +87,23 @@ def run_edits(
         evaluator: asks; its base answers are kept in the journal.
         log: gets the figures of a sequential run as they come.
         description: what else ``results.json`` shall say, at its top (model, data set, ...).
+        world: processes that share the run, each with an editor that knows of it; the folder is the first one's.
 
     Raises:
+        ValueError: for more processes than requests.
         RuntimeError: if losses aren't finite any more.
         OSError: if something can't be written; what was written before is kept.
     """
     context = open_context(
-        editor, requests, mode, plan=plan, folder=folder, evaluator=evaluator, watcher=watcher, log=log
+        editor,
+        requests,
+        mode,
+        plan=plan,
+        folder=folder,
+        evaluator=evaluator,
+        watcher=watcher,
+        log=log,
+        world=world,
     )
     journal = context.journal
     journal.begin_session(len(journal.positions()))
@@ -125,11 +137,14 @@ def open_context(
     evaluator: Evaluator | None = None,
     watcher: Watcher | None = None,
     log: MetricsLog | None = None,
+    world: World = ALONE,
 ) -> RunContext:
     """What the parts of a run share; the arguments are those of ``run_edits``."""
+    if world.parts > len(requests):
+        raise ValueError(f"processes: expected at most {len(requests)}, as many as requests, got {world.parts}")
     plan = plan or RunPlan()
-    journal = folder.journal if folder else Journal(None)
-    evaluator = evaluator or Evaluator(editor)
+    journal = Journal.copy_of(folder.journal if folder else Journal(None), world)
+    evaluator = evaluator or Evaluator(editor, world=world)
     evaluator.base = journal
     return RunContext(
         editor=editor,
@@ -142,6 +157,7 @@ def open_context(
         log=log,
         final=plan.final,
         conflicts=conflicts(requests) if mode != "single" else [],
+        world=world,
     )
 
 
@@ -169,6 +185,7 @@ def _results(context: RunContext, mode: Mode) -> dict[str, Any]:
             "editing_seconds": totals["seconds"],
             "total_seconds": sum(session["seconds"] for session in journal.sessions()),
             "steps": totals["steps"],
+            "processes": context.world.size,
         },
         "dropped": sorted(journal.dropped()),
         "conflicts": context.conflicts,

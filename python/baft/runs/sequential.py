@@ -45,7 +45,7 @@ class SequentialRun:
         """Bring the editor to where the journal ends; returns how many edits that took to make again."""
         context, journal = self._context, self._context.journal
         done, diverged = journal.positions(), journal.diverged()
-        known = context.checkpoints.newest(len(done)) if context.checkpoints and done else None
+        known = context.checkpoint(len(done))
         for damage in context.checkpoints.damaged if context.checkpoints else ():
             context.say(f"{damage}; going on from {known.edits if known else 'no'} edits")
         edits = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from baft.baselines.methods import METHODS, make_editor
 from baft.config import BaftConfig
+from baft.datasets.factworld import WORLDS
+from baft.distributed import ALONE, World
 from baft.editing import Editor, Mode
 from baft.engine.options import EngineOptions
 from baft.requests import EditRequest
@@ -32,6 +35,7 @@ class RunWords(BaseModel):
         config: all fields of ``BaftConfig``, the defaults too, so that later defaults don't change the run.
         edits: how many requests; None is all.
         slots: single edits trained at a time.
+        device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
         measure_every, retained, final, checkpoint_every: see ``RunPlan``.
     """
@@ -45,6 +49,9 @@ class RunWords(BaseModel):
     config: BaftConfig
     edits: int | None = None
     slots: int | None = None
+    device_map: str | None = None
+    tensor_parallel: bool = False
+    quantise: str | None = None
     held_out: Path | None = None
     measure_every: int | None = None
     retained: int = 100
@@ -67,16 +74,28 @@ class StartedRun:
         return {"model": self.words.model, "dataset": self.words.dataset, "method": self.editor.name}
 
 
-def start(words: RunWords, folder: RunFolder, *, on_training: OnProgress | None = None) -> StartedRun:
-    """Load what ``words`` name, and make ``folder`` the run's, or make sure that it is.
+def start(
+    words: RunWords, folder: RunFolder | None, *, on_training: OnProgress | None = None, world: World = ALONE
+) -> StartedRun:
+    """Load what ``words`` name, and make ``folder``, in the process that has it, the run's, or make sure that it is.
 
     Raises:
         ValueError: if something can't be loaded, or if ``folder`` is another run's.
     """
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
-    model, tokenizer = load_model(words.model, on_training=on_training)
-    options = EngineOptions(slots=words.slots) if METHODS[words.method].options is EngineOptions else None
+    with world.one_first() if words.model in WORLDS else nullcontext():
+        model, tokenizer = load_model(
+            words.model,
+            device_map=words.device_map,
+            tensor_parallel=words.tensor_parallel,
+            quantise=words.quantise,
+            on_training=on_training,
+        )
+    own = METHODS[words.method].options is EngineOptions
+    if world.size > 1 and not own:
+        raise ValueError(f"method: expected baft or loreft with several processes, got {words.method}")
+    options = EngineOptions(slots=words.slots, world=world) if own else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     identity = identify(
         method=editor.name,
@@ -87,7 +106,9 @@ def start(words: RunWords, folder: RunFolder, *, on_training: OnProgress | None 
         unrelated=assignment.unrelated,
         backend=resolve_backend(words.config.backend),
     )
-    if folder.begun:
+    if folder is None:
+        pass  # another process's
+    elif folder.begun:
         folder.go_on(identity)
     else:
         folder.begin(identity, words.model_dump(mode="json"))

@@ -1,0 +1,63 @@
+"""General ability by EleutherAI's lm-eval: its tasks, put to a model under edit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from baft.editing import Editor
+from baft.engine.modes import evaluating
+
+__all__ = ["general_ability"]
+
+Task = str | Mapping[str, Any]
+
+
+def general_ability(
+    editor: Editor,
+    tasks: Sequence[Task],
+    *,
+    include: str | Path | None = None,
+    batch_size: int = 16,
+    **options: Any,
+) -> dict[str, float]:
+    """Scores of the model as it is now on lm-eval's tasks; under ``editor.disabled()``, of the unedited one.
+
+    lm-eval is handed the model object, on which the edits are: it needs to know nothing of them.
+
+    Args:
+        tasks: lm-eval's names ("hellaswag"), or tasks written out as mappings, as its YAML files are.
+        include: a folder of more tasks' YAML files.
+        batch_size: texts at once.
+        options: others of ``lm_eval.simple_evaluate``, such as ``limit`` and ``num_fewshot``.
+
+    Returns:
+        Scores by task and measure ("hellaswag/acc"), and the standard errors that lm-eval has.
+
+    Raises:
+        ValueError: for no tasks, if lm-eval isn't installed, or with ``positions="subject"``: tasks name no subjects.
+    """
+    if not tasks:
+        raise ValueError("tasks: expected at least one, got none")
+    if editor.config.positions == "subject":
+        raise ValueError('general_ability: expected positions that need no subject, got "subject"')
+    if find_spec("lm_eval") is None:
+        raise ValueError("general_ability: expected lm-eval to be installed: pip install 'baft-kernels[lm-eval]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    with evaluating(editor.model):
+        # A tokenizer of its own, as it is given a padding token where it has none.
+        model = HFLM(pretrained=editor.model, tokenizer=copy.deepcopy(editor.tokenizer), batch_size=batch_size)
+        found = simple_evaluate(model, tasks=list(tasks), task_manager=manager, log_samples=False, **options)
+    return {
+        f"{task}/{measure.removesuffix(',none')}": float(score)
+        for task, measures in found["results"].items()
+        for measure, score in measures.items()
+        if "," in measure and isinstance(score, int | float)  # beside scores there are names and counts
+    }

@@ -1,0 +1,151 @@
+"""Models spread over devices, memory and disk, and quantised ones: edits train on them, and leave them as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import REQUESTS, one_thread, tiny_editor, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from baft import BaftEditor
+from baft.placement import device_of
+from baft.runs.identity import hash_of_model
+from baft.runs.inputs import load_model
+
+__all__ = ["one_thread"]
+
+LIBRARIES = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None,
+    reason="accelerate isn't installed: pip install 'baft-kernels[large]'",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model as a person has it, on disk."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def said(editor: BaftEditor) -> list[str]:
+    return [text.strip() for text in editor.generate([r.prompt for r in REQUESTS[:3]], max_new_tokens=6)]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits
+
+
+TARGETS = [request.target for request in REQUESTS[:3]]
+
+
+# -- offloaded --
+
+
+@needs_accelerate
+def test_where_an_offloaded_model_computes() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny_model(), CPU)
+    block = model.get_submodule("model.layers.1")
+    assert {weight.device.type for weight in block.parameters()} == {"meta"}
+    assert device_of(block) == device_of(model) == CPU
+    assert device_of(tiny_model()) == CPU
+
+
+@needs_accelerate
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_is_edited_like_any(folder: Path, where: str) -> None:
+    from accelerate import cpu_offload
+
+    if where == "memory":
+        model = cpu_offload(tiny_model(), CPU)
+    else:
+        of_blocks = {f"model.layers.{block}": "disk" if block else "cpu" for block in range(3)}
+        others = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=of_blocks | others, offload_folder=str(folder / "offloaded")
+        ).eval()
+    assert {weight.device.type for weight in model.get_submodule("model.layers.1").parameters()} == {"meta"}
+    before = logits(model)
+    editor = tiny_editor(model, layers=(1, 2))
+    editor.edit(REQUESTS[:3])
+    plain = tiny_editor(tiny_model(), layers=(1, 2))
+    plain.edit(REQUESTS[:3])
+    assert said(editor) == said(plain) == TARGETS
+    assert all(torch.equal(value, plain.state()[name]) for name, value in editor.state().items())
+    with editor.disabled():
+        assert torch.equal(logits(model), before)
+    assert torch.equal(before, logits(tiny_model()))
+
+
+@needs_accelerate
+def test_a_device_map_is_passed_on(folder: Path) -> None:
+    model, _ = load_model(str(folder), device_map="auto")
+    editor = tiny_editor(model)
+    editor.edit(REQUESTS[:3])
+    assert said(editor) == TARGETS
+
+
+# -- quantised --
+
+
+@pytest.fixture(params=LIBRARIES)
+def quantised(request: pytest.FixtureRequest, folder: Path) -> PreTrainedModel:
+    library = LIBRARIES[request.param]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} isn't installed: pip install 'baft-kernels[quantised]'")
+    model, _ = load_model(str(folder), quantise=request.param)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrainedModel) -> None:
+    before, weights = logits(quantised), hash_of_model(quantised)
+    assert not torch.equal(before, logits(tiny_model())), "the model isn't quantised"
+    editor = tiny_editor(quantised)
+    assert said(editor) != TARGETS
+    editor.edit(REQUESTS[:3])
+    assert said(editor) == TARGETS
+    assert {parameter.dtype for parameter in editor.interventions.parameters()} == {torch.float32}
+    with editor.disabled():
+        assert torch.equal(logits(quantised), before)
+    assert hash_of_model(quantised) == weights
+    edited = logits(quantised)
+    state = editor.state()
+    editor.edit(REQUESTS[3:4])
+    assert not torch.equal(logits(quantised), edited)
+    editor.load_state(state)
+    assert torch.equal(logits(quantised), edited)
+    (alone,) = editor.edit_each(REQUESTS[4:5])
+    assert alone.curve.losses[-1] < alone.curve.losses[0]
+
+
+def test_what_a_quantised_model_is_told_apart_by(quantised: PreTrainedModel) -> None:
+    before = hash_of_model(quantised)
+    weight = quantised.get_submodule("model.layers.0.mlp.up_proj").weight
+    inner = weight.qdata if hasattr(weight, "qdata") else weight.data
+    inner[0, 0] += 1
+    assert hash_of_model(quantised) != before
+
+
+# -- bad input --
+
+
+def test_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="quantise: expected one of bnb-4bit, bnb-8bit, torchao-int8, got 'gptq'"):
+        load_model(str(folder), quantise="gptq")
+    with pytest.raises(ValueError, match="tensor_parallel: expected several processes, started by torchrun, got one"):
+        load_model(str(folder), tensor_parallel=True)
+    with pytest.raises(ValueError, match="tensor_parallel: expected no device_map and no quantise beside it"):
+        load_model(str(folder), tensor_parallel=True, device_map="auto")
+    monkeypatch.setattr("baft.runs.placed.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"accelerate to be installed: pip install 'baft-kernels\[large\]'"):
+        load_model(str(folder), device_map="auto")
