@@ -92,7 +92,7 @@ class BaftConfig(BaseModel):
     weight_decay: Weight = 0.0
     project_gradients: bool = False
     append_eos: bool = True
-    locality_weight: Weight = 40.0
+    locality_weight: Weight = 15.0
     locality_loss: Literal["kl", "update"] = "kl"
     locality_margin: Weight = 0.0
     unrelated_per_step: Count = 48

@@ -103,13 +103,14 @@ class Console:
         if left:
             worse = f", {training['diverged']} of them without a finite loss" if training["diverged"] else ""
             self.say(f"{left} edits used up their steps before their loss was low enough{worse}")
+        padding = results["engine"].get("padding")
         self.say(
             f"{timing['seconds_per_edit']:.2f} s an edit ({timing['steps']} steps), "
             f"{timing['total_seconds']:.0f} s in all, {memory['bytes_per_edit'] / 1024:.1f} KiB an edit, "
-            f"{memory['peak_bytes']['process'] / 2**20:.0f} MiB at most; backend {results['backend']}, "
-            f"{results['engine']['padding']:.0%} of what it computed was padding"
+            f"{memory['peak_bytes']['process'] / 2**20:.0f} MiB at most; backend {results['backend']}"
+            + ("" if padding is None else f", {padding:.0%} of what it computed was padding")
         )
-        self.say(f"Picture: {folder.picture}\nFigures: {folder.results}\nTexts:   {folder.edits}")
+        self.say(f"Report:  {folder.page}\nFigures: {folder.results}\nTexts:   {folder.edits}")
 
     def _said(self, report: RunReport) -> None:
         table = Table(title="What the model says", title_justify="left", box=box.SIMPLE_HEAD)

@@ -141,6 +141,7 @@ def _agree(words: RunWords, **given: Any) -> None:
 
 
 def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:
+    from baft.report import write_report
     from baft.report.overview import draw_run
     from baft.runs.logs import open_log
     from baft.runs.run import run_edits
@@ -173,6 +174,7 @@ def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bo
     if folder is None:
         return
     draw_run(report.results, folder.picture)
+    write_report([folder.path])
     console.report(report, folder)
     if as_json:
         typer.echo(json.dumps(report.results))

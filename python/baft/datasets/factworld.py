@@ -248,8 +248,13 @@ class FactWorld:
         return Probe(prompt=wording.format(s=person.name), answers=(person.facts[relation.name],))
 
     def unrelated(self) -> Sequence[str]:
-        """Prompts about the pool's people in the wordings that edits use: what editing may look at to leave alone."""
-        return [w.format(s=p.name) for p in self.pool for relation in self.relations for w in relation.wordings]
+        """Sentences about the pool's people in the wordings that edits use: what editing may look at to leave alone."""
+        return [
+            f"{wording.format(s=person.name)} {person.facts[relation.name]}."
+            for person in self.pool
+            for relation in self.relations
+            for wording in relation.wordings
+        ]
 
     def held_out(self) -> list[str]:
         """A sentence for each fact of the probed people: what editing never looks at, to see if it is as it was."""

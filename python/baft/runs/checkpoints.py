@@ -27,8 +27,8 @@ __all__ = ["Checkpoint", "Checkpoints", "kept"]
 STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
 FORMAT = 1
 
-# Writing one takes at most a fiftieth of the run: half of what bookkeeping may take, the journal being the other half.
-_WORK_PER_WRITE = 50
+# Writing takes about a hundredth of the run.
+_WORK_PER_WRITE = 100
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ class RunFolder:
         return self.path / "report.png"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def results(self) -> Path:
         return self.path / RESULTS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +85,8 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     """Choose ``edits`` requests of a data set, and unrelated texts from what is left.
 
     The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
-    records that aren't edited, less every prompt that an edited record is measured with. Held-out texts are what other
-    such records say, prompt and old answer. A FactWorld has people set apart for each.
+    records that aren't edited, each with its old answer, less every prompt that an edited record is measured with.
+    Held-out texts are what other such records say. A FactWorld has people set apart for each.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
@@ -105,15 +105,27 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         measured = {question.prompt for request in chosen for question in questions(request)}
         # The last ones, which the pool is least likely to reach.
         apart = [r for r in rest if r.ground_truth and r.prompt not in measured][-_HELD_OUT:]
-        held_out = [f"{request.prompt} {request.ground_truth[0]}." for request in apart]
-        unseen = {request.prompt for request in apart}
-        pool = [p for request in rest if request.prompt not in unseen for p in _prompts(request) if p not in measured]
+        held_out = [_sentence(request.prompt, request.ground_truth) for request in apart]
+        measured |= {request.prompt for request in apart}
+        said = (pair for request in rest for pair in _statements(request))
+        pool = [sentence for prompt, sentence in said if prompt not in measured]
     draw.shuffle(pool)
     return Assignment(chosen, pool[:_POOL] or None, held_out[:_HELD_OUT])
 
 
-def _prompts(request: EditRequest) -> Sequence[str]:
-    return (request.prompt, *(probe.prompt for probes in request.locality.values() for probe in probes))
+def _statements(request: EditRequest) -> Iterator[tuple[str, str]]:
+    """What a record says of the world as it was: prompts, and sentences of them and their answers where it knows them.
+
+    A sentence holds how an answer goes on and ends, which a prompt leaves open.
+    """
+    yield request.prompt, _sentence(request.prompt, request.ground_truth)
+    for probes in request.locality.values():
+        for probe in probes:
+            yield probe.prompt, _sentence(probe.prompt, probe.answers)
+
+
+def _sentence(prompt: str, answers: Sequence[str]) -> str:
+    return f"{prompt} {answers[0]}." if answers else prompt
 
 
 def load_held_out(path: Path) -> list[str]:
