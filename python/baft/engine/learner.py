@@ -83,13 +83,19 @@ class Learner(ABC):
         new: Sequence[Encoded],
         past: Sequence[Encoded] = (),
         *,
+        known: Sequence[Encoded] | None = None,
         generator: torch.Generator | None = None,
         set: int = 0,
     ) -> Lesson:
         """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured.
 
         An earlier one that asks a new one's prompt isn't rehearsed: it wants the same, or what shall no longer be.
+
+        Args:
+            past: what may be rehearsed.
+            known: all edits that there are, where they are others than ``past``.
         """
+        self.surroundings.know(past if known is None else known)
         generator = generator or self.generator
         rehearsed: list[Encoded] = []
         if past:

@@ -139,7 +139,7 @@ def _go(trainer: Learner, rows: Sequence[Encoded], walk: Walk, steps: int, on_st
         stretch = walk.next(config.batch_size, trainer.generator)
         visited.append(stretch)
         return Planned(
-            trainer.lesson([rows[i] for i in stretch.rows]),
+            trainer.lesson([rows[i] for i in stretch.rows], known=rows),
             rate=0.5 * (1 + math.cos(math.pi * step / steps)),
             watched=len(stretch.rows),
             first=stretch.first,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.modes import evaluating
+from baft.placement import device_of
 
 __all__ = ["Surroundings"]
 
@@ -27,9 +28,9 @@ class Surroundings:
     """Texts about the subjects of edits, written by the unedited model.
 
     A text begins with the subject, goes on with one of the model's likeliest next tokens, another for each text, and
-    then greedily. One that has the model's own answer to the edit's prompt in it tells of the fact that is edited, and
-    is left out. Nothing is drawn, and a request's texts are computed in no other company: they are the same bits each
-    time, whatever was written before.
+    then greedily. One that has the model's own answer to an edit's prompt in it tells of a fact that is edited, this
+    one or another of the same subject, and is left out. Nothing is drawn, and a subject's texts are computed in no
+    other company: they are the same bits each time, whatever was written before.
 
     Args:
         model: writes them.
@@ -49,27 +50,53 @@ class Surroundings:
         self._disabled = disabled
         self._encoder = encoder
         self._count = count
-        self._written = lru_cache(_REMEMBERED)(self._write)
+        self._branches = lru_cache(_REMEMBERED)(self._write)
+        self._answer = lru_cache(_REMEMBERED)(self._answer_to)
+        # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
+        self._asked: dict[str, set[tuple[int, ...]]] = {}
+        self._known: Sequence[Encoded] = ()
+        self._seen = 0
+
+    def know(self, edits: Sequence[Encoded]) -> None:
+        """Be told all edits that there are so far: a list that may have grown since the last time, or another."""
+        if not self._count:
+            return
+        if edits is not self._known or len(edits) < self._seen:
+            self._asked.clear()
+            self._known, self._seen = edits, 0
+        for row in edits[self._seen :]:
+            self._asked.setdefault(self._subject(row), set()).add(row.ids[: row.prompt_length])
+        self._seen = len(edits)
 
     def of(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts about a request's subject; none if it has no subject."""
-        if not self._count or row.subject is None or row.subject[0] == row.subject[1]:
+        subject = self._subject(row) if self._count else ""
+        if not subject:
             return ()
-        first, end = row.subject
-        return self._written(self._text(row.ids[first:end]).strip(), row.ids[: row.prompt_length])
+        prompts = {row.ids[: row.prompt_length], *self._asked.get(subject, ())}
+        edited = {answer for prompt in prompts if (answer := self._answer(prompt))}
+        texts = ((branch, self._text(branch).casefold()) for branch in self._branches(subject))
+        kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
+        return tuple(Encoded(branch, len(branch), (0, 0)) for branch in kept)
+
+    def _subject(self, row: Encoded) -> str:
+        """ "" if it has none."""
+        return "" if row.subject is None else self._text(row.ids[slice(*row.subject)]).strip()
 
     @torch.no_grad()
-    def _write(self, subject: str, prompt: tuple[int, ...]) -> tuple[Encoded, ...]:
-        start = self._encoder.prompt(subject, "").ids
-        device = self._model.device
+    def _write(self, subject: str) -> list[tuple[int, ...]]:
+        start = torch.tensor([self._encoder.prompt(subject, "").ids], device=device_of(self._model))
         with evaluating(self._model), self._disabled():
-            ids = torch.tensor([start], device=device)
-            likeliest = self._model(input_ids=ids).logits[0, -1].topk(self._count).indices
-            branches = self._continue(torch.cat((ids.expand(self._count, -1), likeliest[:, None]), 1))
-            (known,) = self._continue(torch.tensor([prompt], device=device))
-        answer = _END.split(self._text(known[len(prompt) :]).strip(), maxsplit=1)[0].strip().casefold()
-        kept = [branch for branch in branches if not answer or answer not in self._text(branch).casefold()]
-        return tuple(Encoded(branch, len(branch), (0, 0)) for branch in kept if len(branch) > len(start) + 1)
+            likeliest = self._model(input_ids=start).logits[0, -1].topk(self._count).indices
+            branches = self._continue(torch.cat((start.expand(self._count, -1), likeliest[:, None]), 1))
+        return [branch for branch in branches if len(branch) > start.shape[1] + 1]
+
+    @torch.no_grad()
+    def _answer_to(self, prompt: tuple[int, ...]) -> str:
+        """What the unedited model answers to an edit's prompt."""
+        with evaluating(self._model), self._disabled():
+            (known,) = self._continue(torch.tensor([prompt], device=device_of(self._model)))
+        return _END.split(self._text(known[len(prompt) :]).strip(), maxsplit=1)[0].strip().casefold()
 
     def _continue(self, ids: torch.Tensor) -> list[tuple[int, ...]]:
         """Greedily, and without what comes behind EOS."""

@@ -73,6 +73,7 @@ def write_report(
     if len({Path(source.name).resolve() for source in sources}) < len(sources):
         raise ValueError(f"report: expected different runs, got {', '.join(source.name for source in sources)}")
     page = Path(out) if out else Path(folders[0] if len(sources) == 1 else ".") / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
     with panel_style():
         runs = [_prepared(label, s, most_edits) for label, s in zip(words.labels(sources), sources, strict=True)]
         together = _together(runs)

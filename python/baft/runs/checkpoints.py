@@ -53,6 +53,9 @@ class Checkpoints:
     def __init__(self, folder: Path, every: int | None = None) -> None:
         self.folder = folder
         self.damaged: list[str] = []
+        if folder.is_dir():  # what a killed process left half written
+            for path in folder.glob(".*"):
+                shutil.rmtree(path, ignore_errors=True)
         self._every = every
         self._last_edits = max(self.counts(), default=0)
         self._last_written = time.monotonic()
@@ -99,23 +102,21 @@ class Checkpoints:
         self._cost = self._last_written - began
 
     def newest(self, at_most: int) -> Checkpoint | None:
-        """The newest whole one of no more than ``at_most`` edits; damaged ones are passed over, and named in
+        """The newest whole one of no more than ``at_most`` edits; newer ones that are damaged are removed, and named in
         ``damaged``."""
         for edits in reversed([count for count in self.counts() if count <= at_most]):
             try:
                 return Checkpoint(edits, self._read(edits))
             except ValueError as error:
                 self.damaged.append(str(error))
+                shutil.rmtree(self._place(edits))
         return None
 
     def cut(self, edits: int) -> None:
-        """Remove those of more than ``edits`` edits, and what a killed process left half written."""
+        """Remove those of more than ``edits`` edits."""
         for count in self.counts():
             if count > edits:
                 shutil.rmtree(self._place(count))
-        if self.folder.is_dir():
-            for path in self.folder.glob(".*"):
-                shutil.rmtree(path, ignore_errors=True)
         self._last_edits = min(self._last_edits, edits)
 
     def _place(self, edits: int) -> Path:

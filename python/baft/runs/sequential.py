@@ -36,8 +36,9 @@ class SequentialRun:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._diverged_in_a_row = 0
-        self._right = 0  # of the edits that this process made, those that were answered rightly at once
-        self._asked = 0
+        # Of the edits that this process made: how many, how many were answered rightly at once, and since when.
+        self._made = self._right = 0
+        self._began = time.perf_counter()
 
     # -- going on --------------------------------------------------------------------------------------------------
 
@@ -82,6 +83,7 @@ class SequentialRun:
         order = context.order()[:up_to]
         done = len(context.journal.positions())
         context.watcher.stage("editing", len(order), done)
+        self._began = time.perf_counter()
         for number in range(done, len(order)):
             if number == done or number % _BASE_AHEAD == 0:
                 block = number - number % _BASE_AHEAD
@@ -152,9 +154,12 @@ class SequentialRun:
 
     def _tell(self, record: EditRecord, edits: int) -> None:
         loss = record.curve.losses[-1] if record.curve.losses else math.nan
-        self._asked += 1
+        self._made += 1
         self._right += all(r.generation for r in record.immediate if r.question.measure == "reliability")
-        self._context.watcher.advance(f"loss {loss:.3f}, {self._right / self._asked:.0%} right at once")
+        pace = (time.perf_counter() - self._began) / self._made
+        self._context.watcher.advance(
+            f"loss {loss:.3f}, {self._right / self._made:.0%} right at once, {pace:.2f} s an edit"
+        )
         if self._context.log:
             figures = {"loss": loss, "steps": float(record.steps), "seconds": record.seconds}
             for measure in ("reliability", "locality"):
