@@ -27,7 +27,7 @@ RIVALS = {
     "LoReFT": Variant("loreft"),
     "BaFT": Variant("baft"),
 }
-RATES = {"ft": (3e-3, 6e-3, 1e-2, 2e-2), "lora": (3e-3, 5e-3, 8e-3, 1.5e-2)}
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 FACTS = (1, 4, 16)
 TUNING_REQUESTS = 30
 
@@ -61,7 +61,7 @@ def tuned(variants: dict[str, Variant]) -> dict[str, Variant]:
     """Every setting that is tried of those methods that have some of their own."""
     points = {}
     for name, variant in variants.items():
-        for rate in RATES.get(variant.method, ()):
+        for rate in RATES if variant.method in ("ft", "lora") else ():
             points[f"{name}, learning rate {rate:g}"] = replace(variant, options={"learning_rate": rate})
         for facts in FACTS if variant.method == "in-context" else ():
             points[f"{name}, {facts} facts"] = replace(variant, options={"facts": facts})
