@@ -6,7 +6,9 @@
 All methods get the same requests, unrelated texts, losses and schedule, and are asked the same questions; every figure
 is by generation. LoReFT and LoRA have as many parameters as BaFT, within a rank; fine-tuning has one layer's. Results
 go to bench/results/ as JSON and Markdown. Seconds are of the methods as they are here: BaFT and LoReFT have an engine
-that remembers what doesn't change from step to step, the others train plainly.
+that remembers what doesn't change from step to step, the others train plainly. A testbed's model has read one sentence
+at a time and never learned to look into a context, so the facts in the prompt tell it nothing: that row needs a real
+language model.
 """
 
 from __future__ import annotations
