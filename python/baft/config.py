@@ -50,8 +50,7 @@ class BaftConfig(BaseModel):
         locality_margin: with ``update``, the ratio up to which a change costs nothing.
         unrelated_per_step: texts drawn for the locality loss of a step.
         subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
-            itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none. In 100
-            sequential FactWorld edits other facts of the subject then all stayed, where 0.93 of them had.
+            itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
