@@ -26,12 +26,16 @@ needs_accelerate = pytest.mark.skipif(
 CPU = torch.device("cpu")
 
 
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """A tiny model as a person has it, on disk."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model as a person has it, on disk."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return saved(tiny_model(), tmp_path / "model")
 
 
 def said(editor: BaftEditor) -> list[str]:
@@ -97,19 +101,24 @@ def test_a_device_map_is_passed_on(folder: Path) -> None:
 # -- quantised --
 
 
+def wide_model() -> PreTrainedModel:
+    """One whose matrices are as wide as bitsandbytes' blocks."""
+    return tiny_model(hidden_size=64, intermediate_size=128)
+
+
 @pytest.fixture(params=LIBRARIES)
-def quantised(request: pytest.FixtureRequest, folder: Path) -> PreTrainedModel:
+def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
     library = LIBRARIES[request.param]
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} isn't installed: pip install 'baft-kernels[quantised]'")
-    model, _ = load_model(str(folder), quantise=request.param)
+    model, _ = load_model(str(saved(wide_model(), tmp_path / "model")), quantise=request.param)
     return model
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrainedModel) -> None:
     before, weights = logits(quantised), hash_of_model(quantised)
-    assert not torch.equal(before, logits(tiny_model())), "the model isn't quantised"
+    assert not torch.equal(before, logits(wide_model())), "the model isn't quantised"
     editor = tiny_editor(quantised)
     assert said(editor) != TARGETS
     editor.edit(REQUESTS[:3])
