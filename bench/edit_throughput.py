@@ -46,7 +46,10 @@ from baft.evaluation.probes import questions  # noqa: E402
 from baft.runs.inputs import load_assignment, load_model  # noqa: E402
 from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
 
-TASKS: dict[str, dict[str, Any]] = {"edit": {"locality_weight": 0.0, "rehearsal": 0}, "edit + locality": {}}
+TASKS: dict[str, dict[str, Any]] = {
+    "edit": {"locality_weight": 0.0, "rehearsal": 0},
+    "edit + locality": {"subject_texts": 0},
+}
 OURS = "ours"
 PARTS = {
     OURS: EngineOptions(),
