@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,44 +12,38 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from baft.distributed import World
+__all__ = ["LOOPBACK", "PATIENCE", "in_processes"]
 
-_PATIENCE = 300.0  # seconds; on a busy machine it takes a process one minute to import torch
+PATIENCE = 300.0
+"""Seconds to wait for processes; on a busy machine it takes one a minute to import torch."""
+
+# Without it gloo looks the machine's name up, and may be told an address that nothing answers at.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
 
 
-def in_processes(function: Callable[..., None], folder: Path, *arguments: object, count: int = 2) -> None:
-    """Call ``function(world, folder, *arguments)`` in ``count`` new processes, of which each is one of the world.
+def in_processes(function: Callable[[int, int, Path], None], folder: Path, *, count: int = 2) -> None:
+    """Call ``function(rank, count, folder)`` in ``count`` new processes, of which each is one of a group.
 
     It is found by its name in its module, as the processes start anew. A process that fails fails the test, with its
     own traceback; those that take too long are ended, and fail it too.
     """
-    started = torch.multiprocessing.spawn(_enter, (function, str(folder), arguments, count), nprocs=count, join=False)
-    deadline = time.monotonic() + _PATIENCE
+    started = torch.multiprocessing.spawn(_enter, (function, count, folder), nprocs=count, join=False)
+    deadline = time.monotonic() + PATIENCE
     try:
         while not started.join(timeout=1.0):
             if time.monotonic() > deadline:
-                pytest.fail(f"{function.__name__}: expected its processes to end within {_PATIENCE:.0f} s")
+                pytest.fail(f"{function.__name__}: expected its processes to end within {PATIENCE:.0f} s")
     finally:
         for process in started.processes:
             process.kill()
 
 
-def _enter(rank: int, function: Callable[..., None], folder: str, arguments: tuple[object, ...], count: int) -> None:
+def _enter(rank: int, function: Callable[[int, int, Path], None], count: int, folder: Path) -> None:
+    os.environ |= LOOPBACK
     torch.set_num_threads(1)
-    with process_group(rank, count, folder):
-        function(World(rank, count), Path(folder), *arguments)
-
-
-@contextmanager
-def process_group(rank: int, count: int, folder: str) -> Iterator[None]:
-    """A group of ``count`` processes that meet in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if os.path.exists("/sys/class/net/lo") else ""  # no look-up of host names
-    if not os.environ["GLOO_SOCKET_IFNAME"]:
-        del os.environ["GLOO_SOCKET_IFNAME"]
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=timedelta(seconds=_PATIENCE)
-    )
-    yield
+    patience = timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=patience)
+    function(rank, count, folder)
     dist.barrier()  # or the first to leave takes the meeting place with it
     dist.destroy_process_group()

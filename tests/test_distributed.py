@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import in_processes
+from processes import LOOPBACK, PATIENCE, in_processes
 from safetensors.torch import load_file, save_file
+from small_runs import ASKED, PLAN, small_editor
 from tiny import REQUESTS, UNRELATED, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -23,12 +25,12 @@ from baft.distributed import ALONE, World
 from baft.engine.options import EngineOptions
 from baft.engine.step import Lesson
 from baft.evaluation.measures import Evaluator
+from baft.runs.folder import RunFolder
 from baft.runs.inputs import load_model
-from baft.runs.run import run_edits
+from baft.runs.run import open_context, run_edits
+from baft.runs.sequential import SequentialRun
 
 __all__ = ["one_thread"]
-
-_PATIENCE = 300.0  # seconds; on a busy machine it takes a process one minute to import torch
 
 # -- shares --
 
@@ -49,6 +51,7 @@ LESSONS: dict[str, tuple[dict[str, Any], int, int]] = {
     "kl": ({}, 5, 4),
     "update": ({"locality_loss": "update"}, 4, 3),
     "balance": ({"balance_weight": 0.5, "layers": (0, 1)}, 5, 2),
+    "smoothed": ({"smoothing": 0.3}, 3, 2),
     "one request": ({"balance_weight": 0.5}, 1, 4),
     "one text": ({}, 3, 1),
     "no texts": ({"locality_weight": 0.0}, 2, 0),
@@ -79,7 +82,8 @@ def found_by_a_step(name: str, world: World) -> dict[str, Tensor]:
 
 
 def edited(mode: Any, world: World) -> BaftEditor:
-    editor = tiny_editor(options=EngineOptions(world=world), batch_size=4, consolidate_every=2, consolidation_passes=2)
+    changes = {"batch_size": 4, "consolidate_every": 2, "consolidation_steps": 4, "grow_every": 3, "grow_by": 2}
+    editor = tiny_editor(options=EngineOptions(world=world), **changes)
     editor.edit(REQUESTS, mode)
     return editor
 
@@ -118,8 +122,36 @@ def edited_in_parts(folder: Path, world: World) -> tuple[BaftEditor, list[float]
     return editor, first.curve.losses
 
 
-def do_everything(world: World, folder: Path) -> None:
+# -- runs that go on --
+
+
+def gone_on_with(folder: Path, world: World, stops: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+    """A sequential run that stops after some edits, whose last is in no checkpoint, and goes on with new editors.
+
+    Returns:
+        The editor's state in the end, and what the journal says of each edit.
+    """
+    for stop in stops:
+        place = RunFolder(folder) if world.writes else None
+        if place and not place.begun:
+            place.begin({}, {})
+        editor = small_editor(options=EngineOptions(world=world))
+        plan = dataclasses.replace(PLAN, checkpoint_every=1)
+        context = open_context(editor, ASKED[:6], plan=plan, folder=place, world=world)
+        context.journal.begin_session(len(context.journal.positions()))
+        run = SequentialRun(context)
+        run.restore()
+        run.edit(stop)
+        texts = [[record.curve.losses, [r.text for r in record.immediate]] for record in context.journal.records()]
+        if place:
+            place.checkpoints().cut(stop - 1)
+            place.close()
+    return editor.state(), texts
+
+
+def do_everything(rank: int, count: int, folder: Path) -> None:
     """All that is compared, in one start of the processes, as that takes seconds."""
+    world = World(rank, count)
     for name in LESSONS:
         save_file(found_by_a_step(name, world), folder / f"{name} {world.rank}.safetensors")
     for mode in ("batch", "sequential"):
@@ -129,6 +161,10 @@ def do_everything(world: World, folder: Path) -> None:
         (folder / f"{mode} {world.rank}.json").write_text(json.dumps(texts))
     runs = {mode: ran(mode, world) for mode in ("single", "batch")}
     (folder / f"runs {world.rank}.json").write_text(json.dumps(runs))
+    for name, stops in {"at once": [6], "in parts": [2, 5, 6]}.items():
+        state, texts = gone_on_with(folder / name, world, stops)
+        save_file(state, folder / f"{name} {world.rank}.safetensors")
+        (folder / f"{name} {world.rank}.json").write_text(json.dumps(texts))
     os.environ |= {"LOCAL_RANK": str(world.rank), "RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     editor, losses = edited_in_parts(folder, world)
     weight = next(editor.model.model.layers[0].mlp.parameters())
@@ -184,6 +220,15 @@ def test_a_run_of_two_reports_what_one_reports(folder: Path, mode: str) -> None:
     assert first[mode] == json.loads(json.dumps(ran(mode, ALONE)))
 
 
+def test_a_run_of_two_goes_on_as_if_it_had_never_stopped(folder: Path) -> None:
+    (whole, _), (first, second) = both(folder, "at once"), both(folder, "in parts")
+    assert whole.keys() == first.keys() == second.keys()
+    assert all(torch.equal(first[name], whole[name]) and torch.equal(second[name], whole[name]) for name in whole)
+    texts, *others = [*both_said(folder, "at once"), *both_said(folder, "in parts")]
+    assert len(texts) == 6
+    assert others == [texts] * 3
+
+
 def test_a_model_in_two_parts_is_edited_as_a_whole_one(folder: Path) -> None:
     first, second = both(folder, "parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -203,11 +248,11 @@ def test_a_run_needs_a_request_for_each_process() -> None:
 # -- a process that fails --
 
 
-def fail_in_one(world: World, folder: Path) -> None:
-    if world.rank == 1:
+def fail_in_one(rank: int, count: int, folder: Path) -> None:
+    if rank == 1:
         raise ValueError("a process of its own accord")
     try:
-        world.merged([0])
+        World(rank, count).merged([0])
     except RuntimeError as error:
         (folder / "seen").write_text(str(error))
         raise
@@ -217,7 +262,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Exception, match=r"a process of its own accord|Connection"):
         in_processes(fail_in_one, tmp_path)
-    assert time.monotonic() - began < _PATIENCE / 2
+    assert time.monotonic() - began < PATIENCE / 2
 
 
 # -- torchrun --
@@ -225,13 +270,13 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | LOOPBACK
     return subprocess.run(
         [*command, "-m", "baft.cli", *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=_PATIENCE,
+        timeout=PATIENCE,
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from op_calls import Call, draw_call
+from processes import in_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -158,20 +159,18 @@ def test_a_forward_that_trains_takes_no_copy_beyond_the_output(dtype: torch.dtyp
 # -- in parallel --
 
 
-def _train_one_of_two(rank: int, folder: str) -> None:
+def _train_one_of_two(rank: int, _: int, folder: Path) -> None:
     """A step on half of the rows, in a process of its own."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     layer = BaftIntervention(24, 3, backend="cpu", generator=torch.Generator().manual_seed(0))
     parallel = torch.nn.parallel.DistributedDataParallel(layer)
     h = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
     parallel(h[rank]).square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    save_file(gradients, f"{folder}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
+    save_file(gradients, folder / f"{rank}.safetensors")
 
 
 def test_data_parallel_processes_agree_with_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train_one_of_two, (str(tmp_path),), nprocs=2)
+    in_processes(_train_one_of_two, tmp_path)
     layer = BaftIntervention(24, 3, backend="cpu", generator=torch.Generator().manual_seed(0))
     h = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
     layer(h).square().mean().backward()

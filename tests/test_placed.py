@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,9 +118,10 @@ def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrainedModel) -> None:
-    before, weights = logits(quantised), hash_of_model(quantised)
-    assert not torch.equal(before, logits(wide_model())), "the model isn't quantised"
     editor = tiny_editor(quantised)
+    with editor.disabled():
+        before, weights = logits(quantised), hash_of_model(quantised)
+    assert not torch.equal(before, logits(wide_model())), "the model isn't quantised"
     assert said(editor) != TARGETS
     editor.edit(REQUESTS[:3])
     assert said(editor) == TARGETS
@@ -135,6 +137,27 @@ def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrai
     assert torch.equal(logits(quantised), edited)
     (alone,) = editor.edit_each(REQUESTS[4:5])
     assert alone.curve.losses[-1] < alone.curve.losses[0]
+
+
+def test_gradients_go_through_quantised_matrices(quantised: PreTrainedModel) -> None:
+    editor = tiny_editor(quantised)  # which sees to it
+    embedded = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    linear = quantised.get_submodule("model.layers.2.mlp.up_proj")
+    with editor.disabled(), torch.no_grad():
+        logits(quantised)
+        matrix = linear(torch.eye(64)).T
+    linear(embedded).sum().backward()
+    assert embedded.grad is not None
+    torch.testing.assert_close(embedded.grad, matrix.sum(0).expand_as(embedded), rtol=0.02, atol=0.02)
+
+
+def test_packed_weights_are_refused() -> None:
+    model = tiny_model()
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    model.get_submodule("model.layers.0.mlp.up_proj").support_avx512bf16_for_cpu = True
+    weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(ValueError, match="got ones that bitsandbytes has packed"):
+        tiny_editor(model)
 
 
 def test_what_a_quantised_model_is_told_apart_by(quantised: PreTrainedModel) -> None:

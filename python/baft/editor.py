@@ -143,8 +143,6 @@ class BaftEditor(TrainedEditor):
         with evaluating(self.model):
             self._trainer = trainer = self._make_trainer()
         set_new_gates(trainer, self.config.gate_bias)
-        # Processes on unlike machines may have calibrated by a rounding differently.
-        self._options.world.copy_first_(list(self.interventions.parameters()))
         return trainer
 
     def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
@@ -154,6 +152,9 @@ class BaftEditor(TrainedEditor):
             assert isinstance(trainer, Trainer)
             grow(trainer, self._highest_rank)
         super()._tend(trainer, past, on_step)
+
+    def _write_unrelated(self) -> list[str]:
+        return self._options.world.first_ones(super()._write_unrelated())
 
     def _make_trainer(self) -> Trainer:
         pool = self._unrelated_texts()

@@ -1,11 +1,13 @@
-"""Where a model, or a part of it, computes."""
+"""Where a model computes, and what has to be seen to so that gradients go through it there."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-__all__ = ["device_of"]
+__all__ = ["device_of", "keep_differentiable"]
+
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit layers
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -19,3 +21,22 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights that are on a CPU, which it does in a model's first forward pass.
+
+    It does so on CPUs with AVX512-BF16, outside training mode. No gradient goes through packed ones, and nothing says
+    so: edits below would learn from a part of their loss.
+
+    Raises:
+        ValueError: if they have been packed.
+    """
+    for module in model.modules():
+        if getattr(module, _PACKS, False):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "model: expected 4-bit weights that gradients go through, got ones that bitsandbytes has packed: "
+                    "make the editor before the model's first forward pass"
+                )
+            setattr(module, _PACKS, False)

@@ -23,6 +23,7 @@ from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
+from baft.placement import device_of, keep_differentiable
 from baft.requests import EditRequest
 
 __all__ = ["TrainedEditor"]
@@ -57,6 +58,7 @@ class TrainedEditor(ABC):
         config: BaftConfig,
         unrelated: Sequence[str] | None,
     ) -> None:
+        keep_differentiable(model)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -218,7 +220,7 @@ class TrainedEditor(ABC):
     def _write_unrelated(self) -> list[str]:
         """Texts that the unedited model writes from nothing: what it knows, in its own words."""
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.full((_SELF_WRITTEN, 1), start, device=self.model.device)
+        ids = torch.full((_SELF_WRITTEN, 1), start, device=device_of(self.model))
         with torch.random.fork_rng(), self.disabled(), torch.no_grad():
             torch.manual_seed(self.config.seed)
             written = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor or module

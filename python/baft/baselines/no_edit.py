@@ -21,6 +21,7 @@ from baft.engine.encoding import Encoder
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.modes import evaluating
 from baft.engine.schedule import Curve, OnStep
+from baft.placement import device_of
 from baft.positions import Positions
 from baft.requests import EditRequest
 
@@ -117,7 +118,7 @@ class NoEdit:
         target = self.encoder.pair(request.prompt, request.target)
         room = len(target.ids) - target.prompt_length
         row = self.encoder.pair(self._asked(request.prompt, room), request.target)
-        batch = self.encoder.batch([row], self.model.device)
+        batch = self.encoder.batch([row], device_of(self.model))
         with evaluating(self.model):
             loss = float(answer_losses(logits_of(self.model, batch), batch.labels))
         return Curve([loss], converged=loss < self.config.stop_below)

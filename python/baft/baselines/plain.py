@@ -18,6 +18,7 @@ from baft.engine.sets import BETAS
 from baft.engine.step import Lesson
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
+from baft.placement import device_of
 
 __all__ = ["PlainTrainer", "answer_losses", "logits_of"]
 
@@ -79,7 +80,7 @@ class PlainTrainer(Learner):
     def _differentiate(self, lesson: Lesson, step: int) -> list[float]:
         """Add the gradients of a lesson's loss to the weights'; returns each edit's loss."""
         count = len(lesson.edits)
-        batch = self.encoder.batch([*lesson.edits, *lesson.unrelated], self.model.device)
+        batch = self.encoder.batch([*lesson.edits, *lesson.unrelated], device_of(self.model))
         unrelated = batch[count:]
         tokens = unrelated.attention_mask.bool()
         with self._disabled(), torch.no_grad():

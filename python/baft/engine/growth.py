@@ -39,3 +39,6 @@ def set_new_gates(trainer: Trainer, bias: float, *, first: int = 0) -> None:
         calibrate_gates(
             passes.model, passes.attachment, passes.encoder, texts, scale=config.gate_scale, bias=bias, first=first
         )
+    # Processes on unlike machines may have calibrated by a rounding differently.
+    interventions = passes.attachment.interventions.values()
+    passes.options.world.copy_first_([value for i in interventions for value in i.parameters()])
