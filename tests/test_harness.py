@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from typing import Any
+import json
+from pathlib import Path
 
 import pytest
+import yaml
 from tiny import REQUESTS, one_thread, tiny_editor, tiny_model
 
 from baft.evaluation.harness import general_ability
@@ -18,17 +20,18 @@ needs_lm_eval = pytest.mark.skipif(
 )
 
 
-def capitals() -> dict[str, Any]:
-    """A task of lm-eval, written out: which of two answers the model holds more likely, of what will be edited."""
-    from datasets import Dataset
-
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a task of lm-eval: which of two answers the model holds more likely, of what will be edited."""
     documents = [
         {"prompt": request.prompt, "answers": [request.target, other.target], "right": 0}
         for request, other in itertools.pairwise(REQUESTS[:4])
     ]
-    return {
-        "task": "invented_capitals",
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "invented",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}, "cache_dir": str(tmp_path)},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{prompt}}",
@@ -36,25 +39,27 @@ def capitals() -> dict[str, Any]:
         "doc_to_target": "{{right}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
+    (tmp_path / "invented.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
 
 
 @needs_lm_eval
-def test_scores_are_of_the_model_as_it_is() -> None:
+def test_scores_are_of_the_model_as_it_is(folder: Path) -> None:
     model = tiny_model().train()
     editor = tiny_editor(model)
-    before = general_ability(editor, [capitals()])
+    before = general_ability(editor, ["invented"], include=folder)
     editor.edit(REQUESTS[:3])
-    after = general_ability(editor, [capitals()])
-    assert after["invented_capitals/acc"] == 1.0 > before["invented_capitals/acc"]
+    after = general_ability(editor, ["invented"], include=folder)
+    assert after["invented/acc"] == 1.0 > before["invented/acc"]
     with editor.disabled():
-        assert general_ability(editor, [capitals()]) == before
+        assert general_ability(editor, ["invented"], include=folder) == before
     assert model.training
 
 
 @needs_lm_eval
-def test_options_are_lm_evals() -> None:
-    scores = general_ability(tiny_editor(), [capitals()], limit=1, bootstrap_iters=0)
-    assert scores["invented_capitals/acc"] in (0.0, 1.0)
+def test_options_are_lm_evals(folder: Path) -> None:
+    scores = general_ability(tiny_editor(), ["invented"], include=folder, limit=1, bootstrap_iters=0)
+    assert scores["invented/acc"] in (0.0, 1.0)
 
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:

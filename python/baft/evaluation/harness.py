@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from baft.engine.modes import evaluating
 
 __all__ = ["general_ability"]
 
-Task = str | Mapping[str, Any]
-
 
 def general_ability(
     editor: Editor,
-    tasks: Sequence[Task],
+    tasks: Sequence[str],
     *,
     include: str | Path | None = None,
     batch_size: int = 16,
@@ -29,8 +27,8 @@ def general_ability(
     lm-eval is handed the model object, on which the edits are: it needs to know nothing of them.
 
     Args:
-        tasks: lm-eval's names ("hellaswag"), or tasks written out as mappings, as its YAML files are.
-        include: a folder of more tasks' YAML files.
+        tasks: lm-eval's names ("hellaswag").
+        include: a folder of YAML files with more tasks.
         batch_size: texts at once.
         options: others of ``lm_eval.simple_evaluate``, such as ``limit`` and ``num_fewshot``.
 
