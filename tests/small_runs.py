@@ -47,7 +47,9 @@ class Listener(Nobody):
 
 
 def small_editor(**changes: Any) -> BaftEditor:
-    return tiny_editor(tiny_model(), **{"max_steps": 3, "consolidate_every": 3, "balance_weight": 0.01, **changes})
+    return tiny_editor(
+        tiny_model(), **{"max_steps": 3, "consolidate_every": 3, "balance_weight": 0.01, "subject_texts": 3, **changes}
+    )
 
 
 def run_in(

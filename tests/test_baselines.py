@@ -15,10 +15,11 @@ from tiny import FAMILIES, REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_to
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from baft import EditOutcome, EditRequest, cli
+from baft import EditOutcome, EditRequest
 from baft.baselines.fine_tuning import FineTuning, FineTuningOptions
 from baft.baselines.lora import Lora, LoraOptions
 from baft.baselines.methods import METHODS, make_editor
+from baft.cli import options
 from baft.editing import Editor
 from baft.evaluation.measures import Evaluator
 from baft.runs.run import run_edits
@@ -83,7 +84,7 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone(method: str) ->
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_it_goes_on_from_a_state_bit_for_bit(method: str) -> None:
-    changes = {"consolidate_every": 2, "consolidation_passes": 2, "max_steps": 6}
+    changes = {"consolidate_every": 2, "consolidation_steps": 2, "max_steps": 6}
     editor = editor_of(method, **changes)
     editor.edit(TWO)
     between = editor.state()
@@ -330,7 +331,7 @@ def test_an_unknown_method() -> None:
     known = "baft, loreft, lora, ft, in-context, none"
     with pytest.raises(ValueError, match=rf"^method: expected one of {known}, got 'rome'$"):
         editor_of("rome")
-    assert ", ".join(get_args(get_args(cli.Method)[0])) == known
+    assert ", ".join(get_args(get_args(options.Method)[0])) == known
 
 
 def test_options_of_another_method() -> None:

@@ -72,7 +72,7 @@ def test_without_a_subject_or_a_wish_there_are_none() -> None:
 
 
 def test_the_model_is_asked_without_its_edits() -> None:
-    editor = moved_from_identity(tiny_editor(), scale=2.0)
+    editor = moved_from_identity(tiny_editor(subject_texts=6), scale=2.0)
     assert editor._surroundings().of(ROWS[1]) == surroundings().of(ROWS[1])
 
 

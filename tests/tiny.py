@@ -208,6 +208,7 @@ def tiny_editor(
         "locality_weight": 0.1,
         "locality_loss": "kl",
         "unrelated_per_step": 2,
+        "subject_texts": 0,
         "balance_weight": 0.0,
         "stop_below": 0.3,
         "max_steps": 50,

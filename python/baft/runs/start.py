@@ -92,10 +92,9 @@ def start(
             quantise=words.quantise,
             on_training=on_training,
         )
-    own = METHODS[words.method].options is EngineOptions
-    if world.size > 1 and not own:
-        raise ValueError(f"method: expected baft or loreft with several processes, got {words.method}")
-    options = EngineOptions(slots=words.slots, world=world) if own else None
+    # Options of the engine for a method that has none of it are refused, not passed over.
+    asked = METHODS[words.method].options is EngineOptions or words.slots is not None or world.size > 1
+    options = EngineOptions(slots=words.slots, world=world) if asked else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     identity = identify(
         method=editor.name,
