@@ -121,12 +121,13 @@ def run(
             retained=retained,
             final=final,
             checkpoint_every=checkpoint_every,
+            log=log,
         )
 
     with launched() as world, RunFolder(out) if world.writes else nullcontext() as folder:
         words = world.first_ones(None if folder is None else chosen(folder))
         assert words is not None
-        _run(words, folder, log, as_json, replace(world, one_model=words.tensor_parallel))
+        _run(words, folder, log or words.log, as_json, replace(world, one_model=words.tensor_parallel))
 
 
 def _given(*words: str | None) -> str:

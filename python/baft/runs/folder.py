@@ -171,5 +171,5 @@ class RunFolder:
 
     def reopen(self) -> None:
         """Take back that the run is done: what its end wrote is no longer so."""
-        for path in (self.results, self.edits):
+        for path in (self.results, self.edits, self.page, self.picture):
             path.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ class RunWords(BaseModel):
         device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
         measure_every, retained, final, checkpoint_every: see ``RunPlan``.
+        log: where figures go as they come, of ``baft.runs.logs.LOGS``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +58,7 @@ class RunWords(BaseModel):
     retained: int = 100
     final: int | None = None
     checkpoint_every: int | None = None
+    log: str | None = None
 
 
 @dataclass(frozen=True)
