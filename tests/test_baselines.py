@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from looks import assert_same_state, logits, said, targets
 from safetensors.torch import load_file
-from test_editor import assert_same_state, logits, said, targets
 from tiny import FAMILIES, REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def to_be_trained(model: nn.Module) -> set[int]:
 def test_it_learns_one_after_another(method: str, family: str) -> None:
     editor = editor_of(method, tiny_model(family))
     outcomes = editor.edit(REQUESTS)
-    assert said(editor, REQUESTS) == targets(REQUESTS)  # type: ignore[arg-type]
+    assert said(editor, REQUESTS) == targets(REQUESTS)
     assert editor.edits == REQUESTS
     assert all(outcome.curve.converged and outcome.curve.steps > 1 for outcome in outcomes)
 
@@ -58,7 +58,7 @@ def test_it_learns_one_after_another(method: str, family: str) -> None:
 def test_it_learns_a_batch(method: str) -> None:
     editor = editor_of(method)
     outcomes = editor.edit(THREE, "batch")
-    assert said(editor, THREE) == targets(THREE)  # type: ignore[arg-type]
+    assert said(editor, THREE) == targets(THREE)
     assert all(outcome.curve is outcomes[0].curve for outcome in outcomes)
 
 
@@ -69,7 +69,7 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone(method: str) ->
     before, looked_at = editor.state(), []
 
     def look(outcome: EditOutcome) -> None:
-        looked_at.append(said(editor, [outcome.request]) == [outcome.request.target])  # type: ignore[arg-type]
+        looked_at.append(said(editor, [outcome.request]) == [outcome.request.target])
 
     outcomes = editor.edit(TWO, "single", on_edit=look)
     assert looked_at == [True] * 2
@@ -119,9 +119,9 @@ def test_the_locality_loss_keeps_unrelated_texts(method: str) -> None:
     def distance(weight: float) -> float:
         editor = editor_of(method, locality_weight=weight, unrelated_per_step=4, stop_below=0.0, max_steps=20)
         with editor.disabled():
-            base = logits(editor)  # type: ignore[arg-type]
+            base = logits(editor)
         editor.edit(TWO[:1])
-        return float((logits(editor) - base).norm())  # type: ignore[arg-type]
+        return float((logits(editor) - base).norm())
 
     assert distance(10.0) < 0.7 * distance(0.0)
 
@@ -155,20 +155,20 @@ def test_the_base_model_comes_back_bit_for_bit(method: str) -> None:
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)  # as its owner left it
     weights, trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}, to_be_trained(model)
-    base = logits(editor_of("none", model))  # type: ignore[arg-type]
+    base = logits(editor_of("none", model))
     editor = editor_of(method, model)
     assert to_be_trained(model) == trained
     editor.edit(TWO)
-    edited = logits(editor)  # type: ignore[arg-type]
+    edited = logits(editor)
     assert torch.equal(edited, base) == (method in ("none", "in-context"))
     with editor.disabled():
         with editor.disabled():
-            assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
-        assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
-    assert torch.equal(logits(editor), edited)  # type: ignore[arg-type]
+            assert torch.equal(logits(editor), base)
+        assert torch.equal(logits(editor), base)
+    assert torch.equal(logits(editor), edited)
     assert to_be_trained(model) == trained
     editor.remove()
-    assert torch.equal(logits(editor), base)  # type: ignore[arg-type]
+    assert torch.equal(logits(editor), base)
     assert_same_state(model.state_dict(), weights)
     assert to_be_trained(model) == trained
 
@@ -218,8 +218,8 @@ def test_fine_tuning_trains_the_weight_itself() -> None:
     editor.edit(TWO)
     with torch.no_grad():
         plain.model.layers[1].mlp.down_proj.weight += editor.parameters()["layers.1.mlp.down_proj.weight"]
-    expected = logits(editor_of("none", plain))  # type: ignore[arg-type]
-    torch.testing.assert_close(logits(editor), expected)  # type: ignore[arg-type]
+    expected = logits(editor_of("none", plain))
+    torch.testing.assert_close(logits(editor), expected)
 
 
 # -- those that don't train --
@@ -227,9 +227,9 @@ def test_fine_tuning_trains_the_weight_itself() -> None:
 
 def test_no_edit_changes_nothing_and_says_how_far_the_model_is() -> None:
     editor = editor_of("none")
-    base = said(editor, TWO)  # type: ignore[arg-type]
+    base = said(editor, TWO)
     outcomes = editor.edit(TWO)
-    assert said(editor, TWO) == base  # type: ignore[arg-type]
+    assert said(editor, TWO) == base
     assert editor.edits == TWO
     assert (editor.state(), editor.parameters()) == ({}, {})
     trained = editor_of("ft", max_steps=1).edit(TWO[:1])[0]
@@ -283,13 +283,13 @@ def test_of_two_facts_with_one_prompt_the_later_is_told() -> None:
 def test_facts_come_back_with_a_state() -> None:
     editor = editor_of("in-context")
     editor.edit(TWO)
-    between, said_then = editor.state(), said(editor, TWO)  # type: ignore[arg-type]
+    between, said_then = editor.state(), said(editor, TWO)
     editor.edit([TWO[0].model_copy(update={"target": "Paris"})])
-    assert said(editor, TWO) != said_then  # type: ignore[arg-type]
+    assert said(editor, TWO) != said_then
     resumed = editor_of("in-context")
     for other in (editor, resumed):
         other.load_state(between)
-        assert said(other, TWO) == said_then  # type: ignore[arg-type]
+        assert said(other, TWO) == said_then
     singles = resumed.edit(REQUESTS[2:4], "single")
     assert_same_state(resumed.state(), between)
     resumed.load_state(singles[0].state or {})
@@ -308,7 +308,7 @@ def test_lora_is_saved_as_peft_loads_it(tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
     with torch.no_grad():
         actual: Tensor = loaded(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits
-    assert torch.equal(actual, logits(editor))  # type: ignore[arg-type]
+    assert torch.equal(actual, logits(editor))
 
 
 @pytest.mark.parametrize("method", ["lora", "ft", "in-context", "none"])
@@ -388,7 +388,7 @@ def test_a_fact_that_nobody_could_look_up() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_mode(method: str) -> None:
     with pytest.raises(ValueError, match=r"^mode: expected single, batch or sequential, got 'parallel'$"):
-        editor_of(method).edit(TWO, "parallel")  # type: ignore[arg-type]
+        editor_of(method).edit(TWO, "parallel")
 
 
 def test_classes_are_their_methods() -> None:

@@ -14,6 +14,7 @@ from small_runs import ASKED, Listener, run_in
 from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
 from baft.runs.checkpoints import Checkpoints, kept
+from baft.runs.conflicts import conflicts, superseded
 from baft.runs.identity import differences, hash_of_model
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
@@ -103,6 +104,15 @@ def test_conflicts_are_listed_and_what_was_contradicted_does_not_count(tmp_path:
     assert results["metrics"]["final"]["reliability"]["generation"] == 1.0
     last = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     assert last[1]["final"][0]["text"] == last[4]["final"][0]["text"]
+
+
+def test_only_what_is_edited_in_contradicts() -> None:
+    requests = [ASKED[0].model_copy(update={"target": target}) for target in ("Ebor", "Arvik", "Ebor", "Paris")]
+    found = conflicts(requests)
+    assert superseded(found) == {0, 1, 2}
+    assert superseded(found, left_out={3}) == {1}
+    assert superseded(found, left_out={1, 2, 3}) == set()
+    assert conflicts([ASKED[0], ASKED[0].model_copy(update={"prompt": f"{ASKED[0].prompt} "})]) == []
 
 
 # -- checkpoints --

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from baft.datasets.errors import DatasetError, describe
-from baft.datasets.factworld import WORLDS
+from baft.datasets.factworld import WORLDS, FactWorld
 from baft.datasets.fields import Fields
 from baft.datasets.files import read_records
 from baft.datasets.formats import Format, recognise
@@ -18,9 +19,13 @@ from baft.requests import EditRequest
 
 __all__ = ["NAMED_DATASETS", "load_dataset"]
 
+
+def _requests_of(world: Callable[[], FactWorld], limit: int | None) -> list[EditRequest]:
+    return world().requests(limit)
+
+
 NAMED_DATASETS: dict[str, Callable[[int | None], list[EditRequest]]] = {
-    name: lambda limit, make=make: make().requests(limit)  # type: ignore[misc]  # a default binds the loop's variable
-    for name, make in WORLDS.items()
+    name: partial(_requests_of, world) for name, world in WORLDS.items()
 }
 """Data sets that need no file, by name; each is called with ``limit``."""
 

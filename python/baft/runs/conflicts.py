@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from baft.evaluation.matching import normalise
@@ -18,7 +18,7 @@ def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
     """
     by_prompt: dict[str, list[int]] = {}
     for position, request in enumerate(requests):
-        by_prompt.setdefault(" ".join(request.prompt.split()), []).append(position)
+        by_prompt.setdefault(request.prompt, []).append(position)
     found = []
     for prompt, positions in by_prompt.items():
         if len(positions) > 1:
@@ -28,12 +28,19 @@ def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
     return found
 
 
-def superseded(found: Sequence[dict[str, Any]]) -> set[int]:
-    """Positions of requests that a later one contradicts: they can't hold at the end."""
+def superseded(found: Sequence[dict[str, Any]], left_out: Collection[int] = ()) -> set[int]:
+    """Positions of requests that a later one contradicts: they can't hold at the end.
+
+    Args:
+        found: what ``conflicts`` returned.
+        left_out: positions that aren't edited in, and contradict nobody.
+    """
     positions = set()
     for conflict in found:
-        wanted = list(map(normalise, conflict["targets"]))
-        positions |= {p for p, target in zip(conflict["positions"], wanted, strict=True) if target != wanted[-1]}
+        asked = zip(conflict["positions"], map(normalise, conflict["targets"]), strict=True)
+        wanted = {position: target for position, target in asked if position not in left_out}
+        last = list(wanted.values())[-1:]
+        positions |= {position for position, target in wanted.items() if [target] != last}
     return positions
 
 

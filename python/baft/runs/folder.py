@@ -114,10 +114,6 @@ class RunFolder:
         """But for what a process leaves that is killed before it has begun the run."""
         return all(path.name.startswith(".") for path in self.path.iterdir())
 
-    @property
-    def finished(self) -> bool:
-        return self.results.exists()
-
     def started_with(self) -> dict[str, Any]:
         """The words that the run was started with.
 

@@ -71,8 +71,8 @@ def _hash_of(texts: Iterable[str]) -> str:
 def hash_of_model(model: nn.Module) -> str:
     """A hash of a model's weights: of each the name, dtype, shape, and two sums of its bytes, one by place.
 
-    Sums rather than a hash of all bytes, because the device that holds the weights can make them: a second for billions
-    of them. It tells models apart that differ by accident, and not by intent.
+    Sums rather than a hash of all bytes, because the device that holds the weights can make them. It tells models apart
+    that differ by accident, and not by intent.
     """
     hashed = hashlib.sha256()
     for name, weight in (*model.named_parameters(), *model.named_buffers()):

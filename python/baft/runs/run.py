@@ -166,7 +166,8 @@ def _results(context: RunContext, mode: Mode) -> dict[str, Any]:
     totals = journal.totals()
     edits = totals["edits"]
     # What a later request contradicts can't hold at the end.
-    final = summarise(journal.measured("final", without=superseded(context.conflicts))) if mode != "single" else None
+    overruled = superseded(context.conflicts, journal.dropped() | journal.diverged())
+    final = summarise(journal.measured("final", without=overruled)) if mode != "single" else None
     return {
         "protocol": {**context.evaluator.protocol, "mode": mode},
         "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},

@@ -1,0 +1,33 @@
+"""What tests look at in an editor of any method: what it says, its logits, its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from baft import EditRequest
+from baft.editing import Editor
+
+
+def said(editor: Editor, requests: Sequence[EditRequest]) -> list[str]:
+    """What the model goes on with after each request's prompt, up to EOS."""
+    prompts, subjects = [request.prompt for request in requests], [request.subject for request in requests]
+    return [text.strip() for text in editor.generate(prompts, subjects=subjects, max_new_tokens=6)]
+
+
+def targets(requests: Sequence[EditRequest]) -> list[str]:
+    return [request.target for request in requests]
+
+
+@torch.no_grad()
+def logits(editor: Editor) -> Tensor:
+    return editor.model(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits
+
+
+def assert_same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
