@@ -91,7 +91,7 @@ def test_what_runs_did_not_record_before_is_no_data() -> None:
 
 def _broken(kind: str, folder: Path) -> Path:
     run = write_run(folder / "run", [edit(0)])
-    if kind == "unfinished":
+    if kind == "no results":
         (run / "results.json").unlink()
     elif kind == "no run":
         (run / "results.json").unlink()
@@ -111,7 +111,7 @@ def _broken(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("unfinished", "expected a finished run, got .*run, which has edits but no results.json yet"),
+        ("no results", "expected the folder of a run, got .*run, which has no results.json"),
         ("no run", "expected the folder of a run, got .*run, which has no results.json"),
         ("no edits", "expected the folder of a run, got .*run, which has no edits.jsonl"),
         ("older", "expected the results of a run in .*results.json, got one with protocol: Field required"),

@@ -21,6 +21,9 @@ from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import DivergedError, Learner
 from baft.engine.schedule import Curve, OnStep, edit_next
+from baft.evaluation.measures import summarise
+from baft.report import write_report
+from baft.report.source import EditLine, Metrics, RunSource, read_run
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.outcome import outcome
@@ -47,6 +50,40 @@ def break_off_after(advances: int) -> Listener:
             raise Broken
 
     return Listener(advance)
+
+
+def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> None:
+    """Read while the run is at it, after five of its nine edits."""
+    seen: list[tuple[RunSource, list[EditLine]]] = []
+
+    def look() -> None:
+        if len(Journal(tmp_path / "journal.sqlite", read_only=True).positions()) == 5 and not seen:
+            source = read_run(tmp_path)
+            seen.append((source, list(source.edits())))
+            write_report([tmp_path], tmp_path.parent / "report.html")
+
+    finished = run_in(tmp_path, listener=Listener(look))
+    ((source, edits),) = seen
+    in_the_end = list(read_run(tmp_path).edits())[:5]
+    assert edits == [edit.model_copy(update={"final": []}) for edit in in_the_end]
+    results = source.results
+    assert (results.edits, results.requests, results.finished, results.metrics.final) == (5, 9, False, None)
+    immediate = summarise(
+        Journal(tmp_path / "journal.sqlite", read_only=True).measures(p, "immediate") for p in range(5)
+    )
+    assert results.last == Metrics.model_validate(immediate)
+    assert [point.edits for point in results.retention] == [1, 4]
+    assert results.config == finished.results["config"] and results.protocol == finished.results["protocol"]
+    page = (tmp_path.parent / "report.html").read_text()
+    assert "5 of 9 sequential edits" in page and "not finished" in page
+
+
+def test_a_run_without_an_edit_has_no_report_yet(tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        run_in(tmp_path, listener=break_off_after(0), mode="single")
+    Journal(tmp_path / "journal.sqlite").cut(0)
+    with pytest.raises(ValueError, match=r"journal.sqlite: expected a run with edits, got one that has none yet"):
+        read_run(tmp_path)
 
 
 # Nine edits advance nine times, and the measures at the end once.

@@ -15,7 +15,7 @@ __all__ = ["info", "report", "testbed"]
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, finished or not.")],
     out: Annotated[
         Path | None, typer.Option(help="The page: by default report.html, in the folder of a single run, or here.")
     ] = None,

@@ -60,12 +60,12 @@ def write_report(
     The same runs give the same bytes. Pictures are beside the page and named after it (``report-retention.png``).
 
     Args:
-        folders: of finished runs.
+        folders: of runs; of one that isn't finished the page shows what there is by now.
         out: the page; by default ``report.html`` in the folder of a single run, or here for several.
         most_edits: of a run with more edits than these the page has a sample, failures first, and says so.
 
     Raises:
-        ValueError: if one of the folders has no finished run, or one of another format, or is named twice.
+        ValueError: if one of the folders has no run, one without an edit, or one of another format, or is named twice.
     """
     sources = [read_run(folder) for folder in folders]
     if not sources:
@@ -139,7 +139,7 @@ def _title(runs: Sequence[_Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs of editing, compared"
     results = runs[0].source.results
-    return f"{results.edits:,} {results.mode} edits of {Path(results.dataset).name} with {runs[0].label}"
+    return f"{words.count(results)} {results.mode} edits of {Path(results.dataset).name} with {runs[0].label}"
 
 
 def _data(run: _Run) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What a report reads of a run: ``results.json`` for the figures, and each edit's line of ``edits.jsonl``.
 
-Only here does the report know files. Fields that older or unfinished runs lack have a default, which the page shows as
-"no data"; everything else has to be there.
+A run that isn't finished has neither yet; its journal tells the same, as far as it has come. Only here does the report
+know files. Fields that older or unfinished runs lack have a default, which the page shows as "no data"; everything else
+has to be there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from baft.evaluation.probes import Measure
-from baft.runs.folder import EDITS, RESULTS
+from baft.runs.folder import EDITS, JOURNAL, RESULTS
+from baft.runs.journal import Journal
+from baft.runs.results import results_so_far
 
 __all__ = ["EditLine", "Metrics", "ProbeLine", "Results", "RetentionPoint", "RunSource", "Scores", "read_run"]
 
@@ -87,8 +91,15 @@ class _Timing(_Read):
 
 
 class Results(_Read):
-    """The content of ``results.json``."""
+    """The content of ``results.json``.
 
+    Attributes:
+        requests: how many edits it shall be in the end, where that is known.
+        finished: whether it has come to its end.
+    """
+
+    finished: bool = True
+    requests: int | None = None
     method: str | None = None
     model: str = "a model"
     dataset: str = "a data set"
@@ -101,7 +112,7 @@ class Results(_Read):
     metrics: _Moments
     retention: list[RetentionPoint]
     timing: _Timing
-    memory: _PeakMemory
+    memory: _PeakMemory = _PeakMemory()
 
     @property
     def mode(self) -> str:
@@ -161,24 +172,36 @@ class RunSource:
 
 
 def read_run(folder: str | Path) -> RunSource:
-    """Read the folder of a finished run.
+    """Read the folder of a run; of one that isn't finished, what there is by now.
 
     Raises:
-        ValueError: if it is none, if the run isn't finished, or if its results are of another format.
+        ValueError: if it is none, if it has no edit yet, or if its results are of another format.
     """
     folder = Path(folder)
     results, edits = folder / RESULTS, folder / EDITS
-    if not results.is_file():
-        if edits.is_file():
-            raise ValueError(f"report: expected a finished run, got {folder}, which has edits but no {RESULTS} yet")
-        raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {RESULTS}")
-    if not edits.is_file():
-        raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {EDITS}")
+    if not results.is_file() and (folder / JOURNAL).is_file():
+        return _read_journal(folder)
+    for path in (results, edits):
+        if not path.is_file():
+            raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {path.name}")
     try:
         figures = Results.model_validate_json(results.read_bytes())
     except ValidationError as error:
         raise ValueError(f"report: expected the results of a run in {results}, {_first(error)}") from error
     return RunSource(str(folder), figures, lambda: _lines(edits))
+
+
+def _read_journal(folder: Path) -> RunSource:
+    """An unfinished run. It may be going on meanwhile: what it adds from here on isn't read."""
+    with closing(Journal(folder / JOURNAL, read_only=True)) as journal:
+        figures = Results.model_validate({**results_so_far(journal), "finished": False})
+
+    def edits() -> Iterator[EditLine]:
+        with closing(Journal(folder / JOURNAL, read_only=True)) as journal:
+            for record in journal.records(limit=figures.edits):
+                yield EditLine.model_validate(record.as_json())
+
+    return RunSource(str(folder), figures, edits)
 
 
 def _lines(path: Path) -> Iterator[EditLine]:

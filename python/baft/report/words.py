@@ -8,7 +8,7 @@ from pathlib import Path
 
 from baft.report.source import Results, RunSource
 
-__all__ = ["after", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
+__all__ = ["after", "count", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
 
 _WITH_RANK = ("BaFT", "LoReFT", "LoRA")
 
@@ -33,6 +33,11 @@ def _called(results: Results) -> str:
     return f"{name}, rank {rank}" if rank is not None and name in _WITH_RANK else name
 
 
+def count(results: Results) -> str:
+    """How many edits it has; of a run that isn't finished, how many it shall have too."""
+    return f"{results.edits:,}" + (f" of {results.requests:,}" if results.requests and not results.finished else "")
+
+
 def facts(results: Results) -> list[tuple[str, str]]:
     """What was run, with what, and what it cost, as pairs of a name and a value."""
     config, timing = results.config, results.timing
@@ -41,7 +46,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Method": method(results),
         "Model": results.model,
         "Data set": results.dataset,
-        "Edits": f"{results.edits:,}, {results.mode}",
+        "Edits": f"{count(results)}, {results.mode}" + ("" if results.finished else ", not finished"),
         "Rank": config.get("rank"),
         "Blocks": layers and ", ".join(map(str, layers)),
         "Seed": results.seed,

@@ -8,7 +8,7 @@ from typing import Any
 from baft.evaluation.matching import normalise
 from baft.requests import EditRequest
 
-__all__ = ["conflicts", "describe", "superseded"]
+__all__ = ["conflicts", "in_words", "superseded"]
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def superseded(found: Sequence[dict[str, Any]], left_out: Collection[int] = ()) 
     return positions
 
 
-def describe(conflict: dict[str, Any]) -> str:
+def in_words(conflict: dict[str, Any]) -> str:
     """A conflict in words."""
     asked = ", ".join(f"{p}: {t!r}" for p, t in zip(conflict["positions"], conflict["targets"], strict=True))
     ends = "the last one wins" if conflict["kind"] == "contradiction" else "they want the same"

@@ -23,9 +23,9 @@ from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
 from baft.storage import atomic_write
 
-__all__ = ["EDITS", "RESULTS", "RunFolder"]
+__all__ = ["EDITS", "JOURNAL", "RESULTS", "RunFolder"]
 
-RESULTS, EDITS = "results.json", "edits.jsonl"
+RESULTS, EDITS, JOURNAL = "results.json", "edits.jsonl", "journal.sqlite"
 
 FORMAT = 1
 
@@ -98,7 +98,7 @@ class RunFolder:
     @property
     def journal(self) -> Journal:
         if self._journal is None:
-            self._journal = Journal(self.path / "journal.sqlite")
+            self._journal = Journal(self.path / JOURNAL)
         return self._journal
 
     def checkpoints(self, every: int | None = None) -> Checkpoints:

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS base_forced (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS retention (edits INTEGER PRIMARY KEY, point TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS description (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
     id INTEGER PRIMARY KEY, began REAL NOT NULL, last REAL NOT NULL, resumed_at INTEGER NOT NULL,
     bookkeeping REAL NOT NULL DEFAULT 0, notes TEXT NOT NULL DEFAULT '[]'
@@ -258,6 +259,26 @@ class Journal:
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO base_texts VALUES (?, ?)", texts.items())
             connection.executemany("INSERT OR REPLACE INTO base_forced VALUES (?, ?, ?)", rows)
+
+    # -- what run it is --------------------------------------------------------------------------------------------
+
+    def describe(self, description: Mapping[str, Any]) -> None:
+        """Keep what can be said of the run before its first edit."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO description VALUES (1, ?)", (json.dumps(description),))
+
+    def description(self) -> dict[str, Any]:
+        """What ``describe`` was told.
+
+        Raises:
+            ValueError: if it was told nothing: the run hasn't begun, or is from before there was a description.
+        """
+        tables = "SELECT 1 FROM sqlite_schema WHERE name = 'description'"
+        text = self._one("SELECT text FROM description") if self._one(tables) else None
+        if text is None:
+            raise ValueError(f"{self.path}: expected a run that has begun, got one without a description")
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     # -- sessions --------------------------------------------------------------------------------------------------
 

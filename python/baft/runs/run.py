@@ -8,26 +8,21 @@ from typing import Any
 
 from baft.distributed import ALONE, World
 from baft.editing import Editor, Mode
-from baft.evaluation.fluency import fluency
-from baft.evaluation.measures import Evaluator, summarise
+from baft.evaluation.measures import Evaluator
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
-from baft.runs.conflicts import conflicts, describe, superseded
+from baft.runs.conflicts import conflicts, in_words
 from baft.runs.context import RunContext
-from baft.runs.environment import peak_memory_bytes, versions
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.logs import MetricsLog
 from baft.runs.records import EditRecord
-from baft.runs.retention import Retention, sample
+from baft.runs.results import describe, results
+from baft.runs.retention import Retention
 from baft.runs.sequential import SequentialRun
 from baft.runs.watcher import Nobody, Watcher
-from baft_kernels.backends import resolve_backend
 
 __all__ = ["RunPlan", "RunReport", "open_context", "run_edits"]
-
-# Fluency is measured on at most this many requests.
-_FLUENT = 100
 
 
 @dataclass(frozen=True)
@@ -106,9 +101,10 @@ def run_edits(
         world=world,
     )
     journal = context.journal
+    journal.describe({**(description or {}), **describe(context, mode)})
     journal.begin_session(len(journal.positions()))
     for conflict in context.conflicts:
-        context.say(describe(conflict))
+        context.say(in_words(conflict))
     run = SequentialRun(context)
     if mode == "sequential":
         run.restore()
@@ -119,12 +115,12 @@ def run_edits(
         edit_singly(context)
     if mode != "single":
         run.measure()
-    results = {**(description or {}), **_results(context, mode)}
+    found = results(context, mode)
     if folder:
         if mode != "single":
             editor.save_pretrained(folder.adapter)
-        folder.finish(journal.records(), results)
-    return RunReport(results, journal)
+        folder.finish(journal.records(), found)
+    return RunReport(found, journal)
 
 
 def open_context(
@@ -159,53 +155,3 @@ def open_context(
         conflicts=conflicts(requests) if mode != "single" else [],
         world=world,
     )
-
-
-def _results(context: RunContext, mode: Mode) -> dict[str, Any]:
-    editor, journal = context.editor, context.journal
-    totals = journal.totals()
-    edits = totals["edits"]
-    # What a later request contradicts can't hold at the end.
-    overruled = superseded(context.conflicts, journal.dropped() | journal.diverged())
-    final = summarise(journal.measured("final", without=overruled)) if mode != "single" else None
-    return {
-        "protocol": {**context.evaluator.protocol, "mode": mode},
-        "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},
-        "versions": versions(),
-        "backend": resolve_backend(editor.config.backend),
-        "seed": editor.config.seed,
-        "edits": edits,
-        "metrics": {
-            "immediate": final if mode == "batch" else summarise(journal.measured("immediate")),
-            "final": final,
-        },
-        "retention": journal.retention(),
-        "fluency": _fluency(context) if mode != "single" else None,
-        "timing": {
-            "seconds_per_edit": totals["seconds"] / edits,
-            "editing_seconds": totals["seconds"],
-            "total_seconds": sum(session["seconds"] for session in journal.sessions()),
-            "steps": totals["steps"],
-            "processes": context.world.size,
-        },
-        "dropped": sorted(journal.dropped()),
-        "conflicts": context.conflicts,
-        "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
-        "sessions": journal.sessions(),
-        "engine": editor.engine_report(),
-        "memory": {"peak_bytes": peak_memory_bytes(), "bytes_per_edit": _bytes_per_edit(editor, mode, edits)},
-    }
-
-
-def _fluency(context: RunContext) -> dict[str, Any]:
-    editor = context.editor
-    requests = context.at(sample(context.journal.positions(), _FLUENT))
-    with editor.disabled():
-        before = fluency(editor, requests, batch_size=context.evaluator.batch_size)
-    return {"before": before, "after": fluency(editor, requests, batch_size=context.evaluator.batch_size)}
-
-
-def _bytes_per_edit(editor: Editor, mode: Mode, edits: int) -> float:
-    """Bytes of parameters that each edit costs: a set of its own in single mode, a share of the one set otherwise."""
-    total = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters().values())
-    return float(total) if mode == "single" else total / edits

@@ -1,0 +1,97 @@
+"""What a run has to say of itself: ``results.json`` at its end, and as much of it as there is at any time before.
+
+What can't change is in the journal from the beginning, the rest is counted from what else the journal holds. So a
+reader needs the journal alone, and doesn't disturb the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baft.evaluation.fluency import fluency
+from baft.evaluation.measures import summarise
+from baft.runs.conflicts import superseded
+from baft.runs.context import RunContext
+from baft.runs.environment import peak_memory_bytes, versions
+from baft.runs.journal import Journal
+from baft.runs.retention import sample
+from baft_kernels.backends import resolve_backend
+
+__all__ = ["describe", "results", "results_so_far"]
+
+# Fluency is measured on at most this many requests.
+_FLUENT = 100
+
+
+def describe(context: RunContext, mode: str) -> dict[str, Any]:
+    """What can be said of a run before its first edit."""
+    editor = context.editor
+    return {
+        "protocol": {**context.evaluator.protocol, "mode": mode},
+        "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},
+        "versions": versions(),
+        "backend": resolve_backend(editor.config.backend),
+        "seed": editor.config.seed,
+        "requests": len(context.requests),
+        "conflicts": context.conflicts,
+    }
+
+
+def results_so_far(journal: Journal) -> dict[str, Any]:
+    """All that a journal tells of its run, finished or not.
+
+    Raises:
+        ValueError: if it has no edit yet.
+    """
+    known, totals = journal.description(), journal.totals()
+    edits, sessions = totals["edits"], journal.sessions()
+    if not edits:
+        raise ValueError(f"{journal.path}: expected a run with edits, got one that has none yet")
+    # What a later request contradicts can't hold at the end.
+    overruled = superseded(known["conflicts"], journal.dropped() | journal.diverged())
+    mode = known["protocol"]["mode"]
+    final = summarise(journal.measured("final", without=overruled))
+    return {
+        **known,
+        "edits": edits,
+        "metrics": {
+            "immediate": final if mode == "batch" else summarise(journal.measured("immediate")),
+            "final": final if any(final.values()) else None,
+        },
+        "retention": journal.retention(),
+        "timing": {
+            "seconds_per_edit": totals["seconds"] / edits,
+            "editing_seconds": totals["seconds"],
+            "total_seconds": sum(session["seconds"] for session in sessions),
+            "steps": totals["steps"],
+        },
+        "dropped": sorted(journal.dropped()),
+        "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
+        "sessions": sessions,
+    }
+
+
+def results(context: RunContext, mode: str) -> dict[str, Any]:
+    """What ``results.json`` holds: beside what the journal tells, what only this process knows."""
+    editor = context.editor
+    found = results_so_far(context.journal)
+    found["timing"]["processes"] = context.world.size
+    # Bytes of parameters that each edit costs: a set of its own in single mode, a share of the one set otherwise.
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters().values())
+    return {
+        **found,
+        "fluency": None if mode == "single" else _fluency(context),
+        "engine": editor.engine_report(),
+        "memory": {
+            "peak_bytes": peak_memory_bytes(),
+            "bytes_per_edit": float(parameters) if mode == "single" else parameters / found["edits"],
+        },
+    }
+
+
+def _fluency(context: RunContext) -> dict[str, Any]:
+    editor = context.editor
+    requests = context.at(sample(context.journal.positions(), _FLUENT))
+    with editor.disabled():
+        before = fluency(editor, requests, batch_size=context.evaluator.batch_size)
+    return {"before": before, "after": fluency(editor, requests, batch_size=context.evaluator.batch_size)}
