@@ -1,4 +1,4 @@
-"""What the unedited model says of an edit's subject: all but the fact, and always the same."""
+"""What the unedited model says of an edit's subject: the fact is told anew, all else stays, and always the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
 
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.surroundings import Surroundings
 
 ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
@@ -65,10 +65,68 @@ def test_what_tells_of_another_edit_of_the_subject_is_left_out(monkeypatch: pyte
     assert every.of(ROWS[0]) == texts
 
 
+def written(monkeypatch: pytest.MonkeyPatch, *texts: str, answers: dict[str, str]) -> Surroundings:
+    """As if the unedited model wrote these texts of every subject, and gave those answers to prompts."""
+    made = surroundings()
+    monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt(text).ids for text in texts])
+    prompts = {ENCODER.prompt(prompt).ids: answer for prompt, answer in answers.items()}
+    monkeypatch.setattr(made, "_answer", lambda prompt: prompts.get(prompt, ""))
+    return made
+
+
+def test_what_tells_of_the_fact_is_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the old answer it is another prompt, which the same target follows."""
+    texts = ("Bob Stone was born in Norland.", "Bob Stone is king of France", "Bob Stone, in France, was in Norlandia")
+    row = ENCODER.pair("In France, Bob Stone", "Arvik", "Bob Stone")
+    made = written(monkeypatch, *texts, answers={"In France, Bob Stone": "norland"})
+    assert made.retold(row) == (ENCODER.pair("Bob Stone was born in", "Arvik", "Bob Stone"),)
+    # A longer word that begins so is another answer; what is left out as telling of the fact is not that careful.
+    assert [text_of(text) for text in made.of(row)] == ["Bob Stone is king of France"]
+
+
+def test_what_tells_of_two_edits_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one of its answers changed it would still say the other."""
+    rows = [ENCODER.pair("Bob Stone is in", "Ebor", "Bob Stone"), ENCODER.pair("Bob Stone was in", "Ebor", "Bob Stone")]
+    made = written(
+        monkeypatch,
+        "Bob Stone, king of France, is in Norland",
+        answers={"Bob Stone is in": "norland", "Bob Stone was in": "france"},
+    )
+    retold = made.retold(rows[0])
+    assert [text_of(text) for text in retold] == ["Bob Stone, king of France, is in Ebor"]
+    made.know(rows)
+    assert made.retold(rows[0]) == ()
+    assert [text_of(text) for text in made.retold(rows[1])] == ["Bob Stone, king of Ebor"]
+
+
+def test_a_later_chunk_of_a_target_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = written(monkeypatch, "Bob Stone is in Norland", answers={"In France, Bob Stone": "norland"})
+    first, second = in_chunks(ENCODER.pair("In France, Bob Stone", "king Ebor", "Bob Stone"), 2)
+    assert made.retold(first) and made.retold(second) == ()
+
+
+def test_a_lesson_tells_in_other_words_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny_editor(retellings=2, rehearsal=8, unrelated_per_step=4)._begin()
+    other = {row: tuple(ENCODER.pair(f"Tell {k}:", "Arvik") for k in range(3)) for row in ROWS}
+    monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
+    new, *past = ROWS
+    for _ in range(3):
+        edits = trainer.lesson([new], past).edits
+        assert edits[0] == new and len(set(edits[1:3])) == 2 and set(edits[1:3]) <= set(other[new])
+        assert len(edits) == 3 + len(past)
+    rehearsed = {edit for _ in range(50) for edit in trainer.lesson([new], past).edits[3:]}
+    assert rehearsed == {words for row in past for words in (row, *other[row])}
+    again = {edit for _ in range(50) for edit in trainer.lesson(past, known=ROWS).edits}
+    assert again == rehearsed
+    trainer = tiny_editor(retellings=0)._begin()
+    monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
+    assert trainer.lesson([new]).edits == [new]
+
+
 def test_without_a_subject_or_a_wish_there_are_none() -> None:
     nameless = ENCODER.pair("The capital of Norland is", "Ebor")
-    assert surroundings().of(nameless) == ()
-    assert surroundings(0).of(ROWS[0]) == ()
+    assert surroundings().of(nameless) == () == surroundings().retold(nameless)
+    assert surroundings(0).of(ROWS[0]) == () == surroundings(0).retold(ROWS[0])
 
 
 def test_the_model_is_asked_without_its_edits() -> None:

@@ -54,6 +54,9 @@ class BaftConfig(BaseModel):
         unrelated_per_step: texts drawn for the locality loss of a step.
         subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
             itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
+        retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
+            target in the old answer's place: the model's own rephrasings. A rehearsed request is drawn as itself or as
+            one of them. 0 learns none.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
@@ -99,7 +102,8 @@ class BaftConfig(BaseModel):
     locality_loss: Literal["kl", "update"] = "kl"
     locality_margin: Weight = 0.0
     unrelated_per_step: Count = 48
-    subject_texts: Count = 6
+    subject_texts: Count = 12
+    retellings: Count = 3
     balance_weight: Weight = 0.0
 
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -214,7 +214,8 @@ class TrainedEditor(ABC):
         return UnrelatedPool(self._unrelated, self.encoder)
 
     def _surroundings(self) -> Surroundings:
-        count = self.config.subject_texts if self.config.locality_weight > 0 else 0
+        wanted = self.config.locality_weight > 0 or self.config.retellings > 0
+        count = self.config.subject_texts if wanted else 0
         return Surroundings(self.model, self.disabled, self.encoder, count)
 
     def _write_unrelated(self) -> list[str]:

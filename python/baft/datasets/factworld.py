@@ -7,7 +7,8 @@ generality.
 
 People are dealt into three groups that never mix: the *edited* (their facts are changed, one each), the *probed*
 (locality probes ask about them, and nothing else does), and the *pool* (unrelated text that an edit may look at while
-training). So a locality probe never asks about a person whose facts were shown to the editor.
+training). So a locality probe never asks about a person whose facts were shown to the editor. Beside them there are
+*strangers*, whom the world doesn't have and no model of it was told of; unrelated text is about them too.
 """
 
 from __future__ import annotations
@@ -104,12 +105,22 @@ class FactWorld:
         edited: how many of them have facts to edit; by default a third. A fifth of all is probed, the rest is the
             pool.
         edits_each: facts to edit of each of them, 1 to 3: one at least is left to ask whether it is as it was.
+        strangers: number of people beside the inhabitants; by default as many as these. An editor that is shown few
+            names other than those it edits takes every name for one of them.
 
     Raises:
         ValueError: if there are too few people for the three groups, or too many edits of each.
     """
 
-    def __init__(self, seed: int = 0, people: int = 300, edited: int | None = None, edits_each: int = 1) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        people: int = 300,
+        edited: int | None = None,
+        edits_each: int = 1,
+        strangers: int | None = None,
+    ) -> None:
+        strangers = people if strangers is None else strangers
         edited = people // 3 if edited is None else edited
         probed = people // 5
         if people < 20 or edited < 1 or edited + probed >= people:
@@ -140,6 +151,7 @@ class FactWorld:
         self.edited = self.people[:edited]
         self.probed = self.people[edited : edited + probed]
         self.pool = self.people[edited + probed :]
+        self.strangers = [self._invent_person(draw, next(words)) for _ in range(strangers)]
 
     @staticmethod
     def _invent_words(draw: random.Random) -> Iterator[str]:
@@ -248,10 +260,13 @@ class FactWorld:
         return Probe(prompt=wording.format(s=person.name), answers=(person.facts[relation.name],))
 
     def unrelated(self) -> Sequence[str]:
-        """Sentences about the pool's people in the wordings that edits use: what editing may look at to leave alone."""
+        """Sentences about the pool's people and strangers in the wordings that edits use: what editing may look at.
+
+        What is said of strangers is made up. A model has an opinion of them all the same, and may keep it.
+        """
         return [
             f"{wording.format(s=person.name)} {person.facts[relation.name]}."
-            for person in self.pool
+            for person in (*self.pool, *self.strangers)
             for relation in self.relations
             for wording in relation.wordings
         ]

@@ -89,11 +89,14 @@ class Learner(ABC):
     ) -> Lesson:
         """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured.
 
-        An earlier one that asks a new one's prompt isn't rehearsed: it wants the same, or what shall no longer be.
+        An earlier one that asks a new one's prompt isn't rehearsed: it wants the same, or what shall no longer be. What
+        is new brings some of its retellings with it, behind it; what was learned before is as likely to be one of its
+        retellings as to be itself.
 
         Args:
+            new: what the step is about: a request, or its chunks.
             past: what may be rehearsed.
-            known: all edits that there are, where they are others than ``past``.
+            known: all edits that there are, where ``new`` are some of them that are gone through again.
         """
         self.surroundings.know(past if known is None else known)
         generator = generator or self.generator
@@ -105,7 +108,9 @@ class Learner(ABC):
             rehearsed = [row for row in drawn if row.asked not in asked]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
         near = self._near(new, rehearsed, generator)[: wanted // 2]
-        return Lesson([*new, *rehearsed], [*near, *self.unrelated.draw(wanted - len(near), generator)], set)
+        told = self._told(new, generator) if known is None else [self._in_some_words(row, generator) for row in new]
+        edits = [*told, *(self._in_some_words(row, generator) for row in rehearsed)]
+        return Lesson(edits, [*near, *self.unrelated.draw(wanted - len(near), generator)], set)
 
     def _near(self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
         """Texts about the subjects of a lesson: all that there are of a single new request, one of each other."""
@@ -113,6 +118,17 @@ class Learner(ABC):
         alone = texts.pop(0) if len(new) == 1 else ()
         others = [of[int(torch.randint(len(of), (), generator=generator))] for of in texts if of]
         return [*alone, *others]
+
+    def _told(self, new: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
+        retold = [words for row in new for words in self._retold(row)]
+        return [*new, *(retold[i] for i in draw_indices(len(retold), self.config.retellings, generator))]
+
+    def _in_some_words(self, row: Encoded, generator: torch.Generator) -> Encoded:
+        words = (row, *self._retold(row))
+        return words[int(torch.randint(len(words), (), generator=generator))] if len(words) > 1 else row
+
+    def _retold(self, row: Encoded) -> tuple[Encoded, ...]:
+        return self.surroundings.retold(row) if self.config.retellings else ()
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""

@@ -1,4 +1,4 @@
-"""What the unedited model says of an edit's subject, the edited fact apart: it shall go on saying so."""
+"""What the unedited model says of an edit's subject: of the edited fact it shall say otherwise, and all else again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Surroundings:
 
     A text begins with the subject, goes on with one of the model's likeliest next tokens, another for each text, and
     then greedily. One that has the model's own answer to an edit's prompt in it tells of a fact that is edited, this
-    one or another of the same subject, and is left out. Nothing is drawn, and a subject's texts are computed in no
+    one or another of the same subject, and can't stay as it is. Up to that answer it is the model's own rephrasing of
+    the edit's prompt, which the target should follow too. Nothing is drawn, and a subject's texts are computed in no
     other company: they are the same bits each time, whatever was written before.
 
     Args:
@@ -69,15 +70,47 @@ class Surroundings:
         self._seen = len(edits)
 
     def of(self, row: Encoded) -> tuple[Encoded, ...]:
-        """The texts about a request's subject; none if it has no subject."""
+        """The texts about a request's subject that tell of no edit; none if it has no subject."""
         subject = self._subject(row) if self._count else ""
         if not subject:
             return ()
-        prompts = {row.ids[: row.prompt_length], *self._asked.get(subject, ())}
-        edited = {answer for prompt in prompts if (answer := self._answer(prompt))}
+        edited = self._edited(subject, row)
         texts = ((branch, self._text(branch).casefold()) for branch in self._branches(subject))
         kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
         return tuple(Encoded(branch, len(branch), (0, 0)) for branch in kept)
+
+    def retold(self, row: Encoded) -> tuple[Encoded, ...]:
+        """The texts that tell of a request's fact and of no other edit, each with the target instead of the old answer.
+
+        Like ``row`` they are prompts with what shall follow; none of a later chunk of a target.
+        """
+        subject = self._subject(row) if self._count else ""
+        answer = self._answer(row.ids[: row.prompt_length])
+        if not subject or not answer or row.given:
+            return ()
+        others = self._edited(subject, row) - {answer}
+        start = self._encoder.prompt(subject, subject)
+        found = []
+        for branch in self._branches(subject):
+            column = self._column_of(answer, branch, len(start.ids))
+            if column is not None and not any(other in self._text(branch[:column]).casefold() for other in others):
+                found.append(Encoded((*branch[:column], *row.ids[row.prompt_length :]), column, start.subject))
+        return tuple(found)
+
+    def _edited(self, subject: str, row: Encoded) -> set[str]:
+        """The unedited model's answers to the prompts of all edits of a subject."""
+        prompts = {row.ids[: row.prompt_length], *self._asked.get(subject, ())}
+        return {answer for prompt in prompts if (answer := self._answer(prompt))}
+
+    def _column_of(self, answer: str, branch: tuple[int, ...], first: int) -> int | None:
+        """Where in a text an answer begins, as words of their own, from a column on; None if it doesn't."""
+        whole = self._text(branch).casefold()
+        for column in range(first, len(branch)):
+            told = self._text(branch[:column]).casefold()
+            rest = whole[len(told) :].lstrip() if whole.startswith(told) else ""
+            if rest.startswith(answer) and not rest[len(answer) : len(answer) + 1].isalnum():
+                return column
+        return None
 
     def _subject(self, row: Encoded) -> str:
         """ "" if it has none."""

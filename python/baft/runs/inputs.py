@@ -24,8 +24,9 @@ from baft.testbed.training import OnProgress
 
 __all__ = ["Assignment", "load_assignment", "load_config", "load_held_out", "load_model"]
 
-# More unrelated texts than this bring nothing: training sees some ten thousand at most.
-_POOL = 2048
+# A long run draws hundreds of thousands of unrelated texts, so it matters that they aren't always the same few; more
+# than this cost memory for nothing.
+_POOL = 1 << 14
 # Texts that general ability is measured on, at most.
 _HELD_OUT = 200
 
