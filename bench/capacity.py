@@ -25,6 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no consolidation": {"consolidate_every": 0},
     "a quarter of the consolidation": {"consolidation_steps": BaftConfig().consolidation_steps // 4},
+    "no retellings": {"retellings": 0},
+    "nothing about the subjects": {"subject_texts": 0},
     "no rehearsal": {"rehearsal": 0},
     "no rehearsal, no consolidation": {"rehearsal": 0, "consolidate_every": 0},
     "rehearsal from a reservoir of 100": {"rehearsal_buffer": 100},

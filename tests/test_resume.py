@@ -21,6 +21,7 @@ from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import DivergedError, Learner
 from baft.engine.schedule import Curve, OnStep, edit_next
+from baft.engine.surroundings import Surroundings
 from baft.evaluation.measures import summarise
 from baft.report import write_report
 from baft.report.source import EditLine, Metrics, RunSource, read_run
@@ -50,6 +51,26 @@ def break_off_after(advances: int) -> Listener:
             raise Broken
 
     return Listener(advance)
+
+
+def test_retellings_are_drawn_alike_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model tells of no fact by itself: here each is told in two more ways, the second the better known."""
+
+    def retold(surroundings: Surroundings, row: Encoded) -> tuple[Encoded, ...]:
+        words = [row.ids[: row.prompt_length], (row.ids[0], *row.ids[: row.prompt_length])]
+        return tuple(Encoded((*told, *row.ids[row.prompt_length :]), len(told)) for told in words)
+
+    monkeypatch.setattr(Surroundings, "retold", retold)
+    run_in(tmp_path / "whole", retellings=2)
+    monkeypatch.undo()
+    run_in(tmp_path / "without", retellings=2)
+    assert outcome(tmp_path / "whole") != outcome(tmp_path / "without")
+    monkeypatch.setattr(Surroundings, "retold", retold)
+    plan = RunPlan(**{**vars(PLAN), "checkpoint_every": 4})
+    with pytest.raises(Broken):
+        run_in(tmp_path / "broken", plan=plan, listener=break_off_after(6), retellings=2)
+    run_in(tmp_path / "broken", plan=plan, retellings=2)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
 def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,69 @@ def test_several_records_are_written_together_or_not_at_all(sequential: Path, tm
     with pytest.raises(Exception, match="UNIQUE"):
         journal.add(records[0], records[1], records[0])
     assert journal.positions() == []
+
+
+def test_an_earlier_session_is_left_as_it_was(tmp_path: Path) -> None:
+    """Its time is its own: a run that is resumed in the morning didn't take all night."""
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, listener=Listener(interrupt_after(tmp_path, 2)))
+    (before,) = Journal(tmp_path / "journal.sqlite", read_only=True).sessions()
+    first, second = run_in(tmp_path).results["sessions"]
+    assert first == before and second["resumed_at"] == 2
+
+
+def interrupt_after(folder: Path, edits: int) -> Callable[[], None]:
+    def interrupt() -> None:
+        if len(Journal(folder / "journal.sqlite", read_only=True).positions()) == edits:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_who_reads_slowly_does_not_stop_who_writes(sequential: Path, tmp_path: Path) -> None:
+    records = list(Journal(sequential / "journal.sqlite", read_only=True).records())
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.add(*records[:2])
+    next(journal._rows("PRAGMA busy_timeout = 0"))
+    reader = Journal(tmp_path / "journal.sqlite", read_only=True)
+    reading = reader.records()
+    assert next(reading).index == 0
+    copy = Journal.as_it_is(tmp_path / "journal.sqlite")
+    copied = copy.records()
+    assert next(copied).index == 0
+    journal.add(records[2])
+    assert [record.index for record in reader.records()] == [0, 1, 2]
+    assert [record.index for record in copied] == [1] and copy.positions() == [0, 1]
+
+
+def test_records_come_in_pages_without_a_gap(sequential: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(sequential / "journal.sqlite", read_only=True)
+    for page in (1, 2, 9, 100):
+        monkeypatch.setattr("baft.runs.journal._PAGE", page)
+        assert [record.index for record in journal.records()] == list(range(9))
+        assert [record.index for record in journal.records(3, limit=4)] == [3, 4, 5, 6]
+        assert [record.index for record in journal.records(limit=0)] == []
+
+
+def test_a_journal_can_be_read_after_a_kill_in_the_middle_of_a_transaction(sequential: Path, tmp_path: Path) -> None:
+    """What is left of the transaction beside the file is taken back by whoever comes first, readers too."""
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    records = list(Journal(sequential / "journal.sqlite", read_only=True).records())
+    journal.add(records[0])
+    # A cache this small spills into the file before the end, as a large transaction does.
+    next(journal._rows("PRAGMA cache_size = 1"), None)
+    with pytest.raises(OSError, match="killed"), journal._transaction() as connection:
+        for position in range(1, 200):
+            connection.execute("INSERT INTO base_texts VALUES (?, ?)", (str(position), "x" * 4000))
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        for file in tmp_path.glob("journal.sqlite*"):
+            (killed / file.name).write_bytes(file.read_bytes())
+        raise OSError("killed")
+    assert (killed / "journal.sqlite-journal").stat().st_size > 0
+    left = Journal(killed / "journal.sqlite", read_only=True)
+    assert left.positions() == [0] and left.text("1") is None
 
 
 # -- retention --

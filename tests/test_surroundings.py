@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
+import torch
 from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
 
 from baft.engine.encoding import Encoded, Encoder, in_chunks
-from baft.engine.surroundings import Surroundings
+from baft.engine.surroundings import Surroundings, _goes_on
 
 ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
 ROWS = [ENCODER.pair(request.prompt, request.target, request.subject) for request in REQUESTS]
@@ -99,6 +100,63 @@ def test_what_tells_of_two_edits_is_not_told_anew(monkeypatch: pytest.MonkeyPatc
     assert [text_of(text) for text in made.retold(rows[1])] == ["Bob Stone, king of Ebor"]
 
 
+def test_two_edits_with_the_same_old_answer_are_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them a text tells of isn't known; they may want different targets."""
+    rows = [
+        ENCODER.pair("Bob Stone is in", "Ebor", "Bob Stone"),
+        ENCODER.pair("Bob Stone was in", "Arvik", "Bob Stone"),
+    ]
+    answers = {"Bob Stone is in": "norland", "Bob Stone was in": "norland"}
+    made = written(monkeypatch, "Bob Stone was born in Norland", answers=answers)
+    assert made.retold(rows[0])
+    made.know(rows[:1], new=rows[1:])
+    assert made.retold(rows[0]) == made.retold(rows[1]) == ()
+
+
+def test_what_is_being_edited_is_no_longer_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = ENCODER.pair("Bob Stone was in", "Arvik", "Bob Stone")
+    rehearsed = ENCODER.pair("Bob Stone is king of", "Ebor", "Bob Stone")
+    made = written(monkeypatch, "Bob Stone was born in Norland", answers={"Bob Stone was in": "norland"})
+    made.know([rehearsed])
+    assert len(made.of(rehearsed)) == 1
+    made.know([rehearsed], new=[new])
+    assert made.of(rehearsed) == ()
+
+
+def test_a_target_follows_with_a_space_or_without_as_it_does_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    templated = Encoder(tiny_tokenizer(), append_eos=True, template="The {prompt} ")
+    made = Surroundings(tiny_model(), nullcontext, templated, 6)
+    monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
+    texts = ("Bob Stone", "Bob Stone and Norland")
+    monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt(f"The {text}").ids for text in texts])
+    row = templated.pair("Bob Stone", "Arvik", "Bob Stone")
+    assert text_of(row) == "The Bob Stone Arvik"
+    assert made.retold(row) == ()  # it would be "The Bob Stone andArvik"
+
+
+@pytest.mark.parametrize(
+    ("rest", "goes_on"), [("", False), (" x", False), (".", False), ("s", True), ("\u5e02", False)]
+)
+def test_where_a_word_ends(rest: str, goes_on: bool) -> None:
+    assert _goes_on(rest) == goes_on
+
+
+def test_no_text_ends_before_it_begins() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[tiny_tokenizer().eos_token_id] = 10 * model.lm_head.weight.abs().max()
+    texts = Surroundings(model, nullcontext, ENCODER, 6).of(ROWS[1])
+    assert not any(tiny_tokenizer().eos_token_id in text.ids for text in texts)
+
+
+def test_a_changed_model_is_asked_again() -> None:
+    editor = tiny_editor(subject_texts=6)
+    before = editor._begin().surroundings.of(ROWS[1])
+    with torch.no_grad():
+        editor.model.get_output_embeddings().weight.mul_(-1)
+    assert editor._begin().surroundings.of(ROWS[1]) not in (before, ())
+
+
 def test_a_later_chunk_of_a_target_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     made = written(monkeypatch, "Bob Stone is in Norland", answers={"In France, Bob Stone": "norland"})
     first, second = in_chunks(ENCODER.pair("In France, Bob Stone", "king Ebor", "Bob Stone"), 2)
@@ -114,10 +172,15 @@ def test_a_lesson_tells_in_other_words_too(monkeypatch: pytest.MonkeyPatch) -> N
         edits = trainer.lesson([new], past).edits
         assert edits[0] == new and len(set(edits[1:3])) == 2 and set(edits[1:3]) <= set(other[new])
         assert len(edits) == 3 + len(past)
-    rehearsed = {edit for _ in range(50) for edit in trainer.lesson([new], past).edits[3:]}
-    assert rehearsed == {words for row in past for words in (row, *other[row])}
+    rehearsed = [edit for _ in range(50) for edit in trainer.lesson([new], past).edits[3:]]
+    assert set(rehearsed) == {words for row in past for words in (row, *other[row])}
+    own = [edit for edit in rehearsed if edit in past]
+    assert 0.35 < len(own) / (50 * len(past)) < 0.65
     again = {edit for _ in range(50) for edit in trainer.lesson(past, known=ROWS).edits}
-    assert again == rehearsed
+    assert again == {words for row in past for words in (row, *other[row])}
+    other[past[0]] = (ENCODER.pair(REQUESTS[0].prompt, "Arvik"),)  # would undo the new one
+    rehearsed = [edit for _ in range(50) for edit in trainer.lesson([new], past).edits[3:]]
+    assert past[0] in rehearsed and other[past[0]][0] not in rehearsed
     trainer = tiny_editor(retellings=0)._begin()
     monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
     assert trainer.lesson([new]).edits == [new]

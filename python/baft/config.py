@@ -55,8 +55,8 @@ class BaftConfig(BaseModel):
         subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
             itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
-            target in the old answer's place: the model's own rephrasings. A rehearsed request is drawn as itself or as
-            one of them. 0 learns none.
+            target in the old answer's place: the model's own rephrasings. What is rehearsed comes as one of them half
+            the time. 0 learns none, and there are none without ``subject_texts`` or a request's ``subject``.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)

@@ -141,7 +141,7 @@ class TrainedEditor(ABC):
 
         if mode == "batch":
             with frozen_for_editing(self.model):
-                curve = edit_batch(trainer, latest(requests, rows), on_step)
+                curve = edit_batch(trainer, latest(requests, rows), past, on_step)
             for request, chunks in zip(requests, rows, strict=True):
                 keep(request, chunks)
             for request in requests:

@@ -36,7 +36,7 @@ class PlainTrainer(Learner):
         disabled: switches off what ``weights`` do.
         config: how to train.
         unrelated: what the locality loss looks at.
-        surroundings: what it looks at of the edits' own subjects.
+        surroundings: what the unedited model says of the edits' own subjects.
         learning_rate: AdamW's.
 
     Raises:

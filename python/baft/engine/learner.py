@@ -63,7 +63,7 @@ class Learner(ABC):
     Args:
         config: how to train.
         unrelated: what the locality loss looks at.
-        surroundings: what it looks at of the edits' own subjects.
+        surroundings: what the unedited model says of the edits' own subjects.
 
     Attributes:
         generator: of all that is drawn.
@@ -90,26 +90,27 @@ class Learner(ABC):
         """``new`` requests with earlier ones, as many as are rehearsed, and unrelated texts, as configured.
 
         An earlier one that asks a new one's prompt isn't rehearsed: it wants the same, or what shall no longer be. What
-        is new brings some of its retellings with it, behind it; what was learned before is as likely to be one of its
-        retellings as to be itself.
+        is new brings some of its retellings with it, behind it; what was learned before comes in other words half the
+        time, if there are any.
 
         Args:
             new: what the step is about: a request, or its chunks.
             past: what may be rehearsed.
             known: all edits that there are, where ``new`` are some of them that are gone through again.
         """
-        self.surroundings.know(past if known is None else known)
+        self.surroundings.know(*((past, new) if known is None else (known,)))
         generator = generator or self.generator
+        asked = {row.asked for row in new}
         rehearsed: list[Encoded] = []
         if past:
             sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
             drawn = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
-            asked = {row.asked for row in new}
             rehearsed = [row for row in drawn if row.asked not in asked]
         wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
         near = self._near(new, rehearsed, generator)[: wanted // 2]
         told = self._told(new, generator) if known is None else [self._in_some_words(row, generator) for row in new]
-        edits = [*told, *(self._in_some_words(row, generator) for row in rehearsed)]
+        again = [self._in_some_words(row, generator) for row in rehearsed]
+        edits = [*told, *(row for row in again if row.asked not in asked)]
         return Lesson(edits, [*near, *self.unrelated.draw(wanted - len(near), generator)], set)
 
     def _near(self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
@@ -124,8 +125,11 @@ class Learner(ABC):
         return [*new, *(retold[i] for i in draw_indices(len(retold), self.config.retellings, generator))]
 
     def _in_some_words(self, row: Encoded, generator: torch.Generator) -> Encoded:
-        words = (row, *self._retold(row))
-        return words[int(torch.randint(len(words), (), generator=generator))] if len(words) > 1 else row
+        retold = self._retold(row)
+        if not retold:
+            return row
+        drawn = int(torch.randint(2 * len(retold), (), generator=generator))
+        return retold[drawn] if drawn < len(retold) else row
 
     def _retold(self, row: Encoded) -> tuple[Encoded, ...]:
         return self.surroundings.retold(row) if self.config.retellings else ()

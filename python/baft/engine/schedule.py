@@ -112,22 +112,35 @@ def edit_next(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: O
     return progress.curve
 
 
-def edit_batch(trainer: Learner, edits: Sequence[Chunks], on_step: OnStep | None = None) -> Curve:
+def edit_batch(
+    trainer: Learner, edits: Sequence[Chunks], past: Sequence[Encoded], on_step: OnStep | None = None
+) -> Curve:
     """Edit many requests together: up to ``batch_passes`` passes over them, learning rates falling along a cosine."""
     rows = [chunk for chunks in edits for chunk in chunks]
     steps = trainer.config.batch_passes * math.ceil(len(rows) / trainer.config.batch_size)
-    curve = _go(trainer, rows, Walk(), steps, on_step)
+    curve = _go(trainer, rows, Walk(), steps, on_step, known=[*past, *rows])
     trainer.count_usage([chunks[-1] for chunks in edits])
     return curve
 
 
 def consolidate(trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Go on through all past requests, those that came since the last time first: ``consolidation_steps`` at most."""
-    return _go(trainer, past, trainer.walk, trainer.config.consolidation_steps, on_step)
+    return _go(trainer, past, trainer.walk, trainer.config.consolidation_steps, on_step, known=past)
 
 
-def _go(trainer: Learner, rows: Sequence[Encoded], walk: Walk, steps: int, on_step: OnStep | None) -> Curve:
-    """Train on ``rows`` along ``walk``, until no row of a whole round had a loss of ``stop_below`` or more."""
+def _go(
+    trainer: Learner,
+    rows: Sequence[Encoded],
+    walk: Walk,
+    steps: int,
+    on_step: OnStep | None,
+    *,
+    known: Sequence[Encoded],
+) -> Curve:
+    """Train on ``rows`` of all that are ``known``, along ``walk``.
+
+    Until no row of a whole round, told in its own or in other words, had a loss of ``stop_below`` or more.
+    """
     config, start, curve = trainer.config, time.perf_counter(), Curve()
     walk.join(len(rows), trainer.generator)
     visited: deque[Stretch] = deque()
@@ -139,7 +152,7 @@ def _go(trainer: Learner, rows: Sequence[Encoded], walk: Walk, steps: int, on_st
         stretch = walk.next(config.batch_size, trainer.generator)
         visited.append(stretch)
         return Planned(
-            trainer.lesson([rows[i] for i in stretch.rows], known=rows),
+            trainer.lesson([rows[i] for i in stretch.rows], known=known),
             rate=0.5 * (1 + math.cos(math.pi * step / steps)),
             watched=len(stretch.rows),
             first=stretch.first,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -53,63 +54,91 @@ class Surroundings:
         self._count = count
         self._branches = lru_cache(_REMEMBERED)(self._write)
         self._answer = lru_cache(_REMEMBERED)(self._answer_to)
+        self._column = lru_cache(_REMEMBERED)(self._find_column)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
         self._asked: dict[str, set[tuple[int, ...]]] = {}
         self._known: Sequence[Encoded] = ()
         self._seen = 0
+        self._last: Encoded | None = None
+        # Those being made: subjects and prompts.
+        self._new: set[tuple[str, tuple[int, ...]]] = set()
 
-    def know(self, edits: Sequence[Encoded]) -> None:
-        """Be told all edits that there are so far: a list that may have grown since the last time, or another."""
+    def know(self, edits: Sequence[Encoded], new: Sequence[Encoded] = ()) -> None:
+        """Be told all edits that there are.
+
+        Args:
+            edits: those so far: a list that may have grown since the last time, or another.
+            new: those that are being made.
+        """
         if not self._count:
             return
-        if edits is not self._known or len(edits) < self._seen:
+        if edits is not self._known or len(edits) < self._seen or (self._seen and edits[self._seen - 1] != self._last):
             self._asked.clear()
             self._known, self._seen = edits, 0
         for row in edits[self._seen :]:
             self._asked.setdefault(self._subject(row), set()).add(row.ids[: row.prompt_length])
         self._seen = len(edits)
+        self._last = edits[-1] if edits else None
+        self._new = {(self._subject(row), row.ids[: row.prompt_length]) for row in new}
+
+    def forget(self) -> None:
+        """The model has changed: what it said is no longer what it says."""
+        self._branches.cache_clear()
+        self._answer.cache_clear()
 
     def of(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts about a request's subject that tell of no edit; none if it has no subject."""
         subject = self._subject(row) if self._count else ""
         if not subject:
             return ()
-        edited = self._edited(subject, row)
-        texts = ((branch, self._text(branch).casefold()) for branch in self._branches(subject))
+        edited = {answer for prompt in self._prompts(subject, row) if (answer := self._answer(prompt))}
+        texts = ((branch, self._told(branch, subject)) for branch in self._branches(subject))
         kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
         return tuple(Encoded(branch, len(branch), (0, 0)) for branch in kept)
 
     def retold(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts that tell of a request's fact and of no other edit, each with the target instead of the old answer.
 
-        Like ``row`` they are prompts with what shall follow; none of a later chunk of a target.
+        Like ``row`` they are prompts with what shall follow. There are none of a later chunk of a target, none if
+        another edit of the subject has the same old answer, and none in which the target would follow with a space
+        where it follows the request's prompt without, or the other way round.
         """
-        subject = self._subject(row) if self._count else ""
-        answer = self._answer(row.ids[: row.prompt_length])
-        if not subject or not answer or row.given:
+        subject = self._subject(row) if self._count and not row.given else ""
+        answer = self._answer(row.ids[: row.prompt_length]) if subject else ""
+        others = [self._answer(prompt) for prompt in self._prompts(subject, row) - {row.ids[: row.prompt_length]}]
+        if not answer or answer in others:
             return ()
-        others = self._edited(subject, row) - {answer}
-        start = self._encoder.prompt(subject, subject)
+        spaced = not self._text(row.ids[: row.prompt_length])[-1:].isspace()
+        span = self._encoder.prompt(subject, subject).subject
         found = []
         for branch in self._branches(subject):
-            column = self._column_of(answer, branch, len(start.ids))
-            if column is not None and not any(other in self._text(branch[:column]).casefold() for other in others):
-                found.append(Encoded((*branch[:column], *row.ids[row.prompt_length :]), column, start.subject))
+            column = self._column(branch, subject, answer, spaced)
+            if column is not None:
+                told = self._told(branch[:column], subject)
+                if not any(other and other in told for other in others):
+                    found.append(Encoded((*branch[:column], *row.ids[row.prompt_length :]), column, span))
         return tuple(found)
 
-    def _edited(self, subject: str, row: Encoded) -> set[str]:
-        """The unedited model's answers to the prompts of all edits of a subject."""
-        prompts = {row.ids[: row.prompt_length], *self._asked.get(subject, ())}
-        return {answer for prompt in prompts if (answer := self._answer(prompt))}
+    def _prompts(self, subject: str, row: Encoded) -> set[tuple[int, ...]]:
+        """The prompts of all edits of a subject, ``row`` among them."""
+        new = {prompt for about, prompt in self._new if about == subject}
+        return {row.ids[: row.prompt_length], *new, *self._asked.get(subject, ())}
 
-    def _column_of(self, answer: str, branch: tuple[int, ...], first: int) -> int | None:
-        """Where in a text an answer begins, as words of their own, from a column on; None if it doesn't."""
-        whole = self._text(branch).casefold()
-        for column in range(first, len(branch)):
-            told = self._text(branch[:column]).casefold()
-            rest = whole[len(told) :].lstrip() if whole.startswith(told) else ""
-            if rest.startswith(answer) and not rest[len(answer) : len(answer) + 1].isalnum():
-                return column
+    def _told(self, branch: tuple[int, ...], subject: str) -> str:
+        """What a text says of its subject, without naming it, and without regard to case."""
+        return self._text(branch).casefold()[len(self._text(self._start(subject)).casefold()) :]
+
+    def _find_column(self, branch: tuple[int, ...], subject: str, answer: str, spaced: bool) -> int | None:
+        """Where an answer begins in a text, in words of its own, ``spaced`` from what is before or not; else None."""
+        whole = self._told(branch, subject)
+        if answer not in whole:
+            return None
+        for column in range(len(self._start(subject)), len(branch)):
+            told = self._told(branch[:column], subject)
+            left = whole.removeprefix(told)
+            rest = left.lstrip()
+            if whole.startswith(told) and rest.startswith(answer) and not _goes_on(rest[len(answer) :]):
+                return column if spaced == (left != rest) else None
         return None
 
     def _subject(self, row: Encoded) -> str:
@@ -118,9 +147,12 @@ class Surroundings:
 
     @torch.no_grad()
     def _write(self, subject: str) -> list[tuple[int, ...]]:
-        start = torch.tensor([self._encoder.prompt(subject, "").ids], device=device_of(self._model))
+        start = torch.tensor([self._start(subject)], device=device_of(self._model))
         with evaluating(self._model), self._disabled():
-            likeliest = self._model(input_ids=start).logits[0, -1].topk(self._count).indices
+            scores = self._model(input_ids=start).logits[0, -1]
+            if (eos := self._encoder.tokenizer.eos_token_id) is not None:
+                scores[eos] = -torch.inf
+            likeliest = scores.topk(self._count).indices
             branches = self._continue(torch.cat((start.expand(self._count, -1), likeliest[:, None]), 1))
         return [branch for branch in branches if len(branch) > start.shape[1] + 1]
 
@@ -145,5 +177,13 @@ class Surroundings:
         ends = [row.index(eos, start) if eos in row[start:] else len(row) for row in written]
         return [tuple(row[:end]) for row, end in zip(written, ends, strict=True)]
 
+    def _start(self, subject: str) -> tuple[int, ...]:
+        return self._encoder.prompt(subject, "").ids
+
     def _text(self, ids: tuple[int, ...]) -> str:
         return str(self._encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _goes_on(text: str) -> bool:
+    """Whether a word goes on with ``text``; scripts without spaces between words don't tell."""
+    return text[:1].isalnum() and unicodedata.category(text[0]) != "Lo"

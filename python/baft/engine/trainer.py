@@ -30,7 +30,7 @@ class Trainer(Learner):
         passes: forward passes of the model under edit.
         config: how to train.
         unrelated: what the locality loss looks at.
-        surroundings: what it looks at of the edits' own subjects.
+        surroundings: what the unedited model says of the edits' own subjects.
 
     Attributes:
         ahead: how many steps are begun before it is known what the step before them found.
@@ -58,6 +58,7 @@ class Trainer(Learner):
         """Notice if the model's own weights have changed since it was last asked to."""
         if self.passes.refresh():
             self.graphs.forget()
+            self.surroundings.forget()
 
     def renew(self) -> None:
         """Go on with interventions whose rank has changed."""

@@ -8,7 +8,6 @@ has to be there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,16 +191,16 @@ def read_run(folder: str | Path) -> RunSource:
 
 
 def _read_journal(folder: Path) -> RunSource:
-    """An unfinished run. It may be going on meanwhile: what it adds from here on isn't read."""
-    with closing(Journal(folder / JOURNAL, read_only=True)) as journal:
-        figures = Results.model_validate({**results_so_far(journal), "finished": False})
+    """An unfinished run, as it is now; if it is going on, what it adds later isn't read."""
+    journal = Journal.as_it_is(folder / JOURNAL)
+    found = results_so_far(journal)
+    # Measures at the end have begun, perhaps, and would be of a part of the edits.
+    found["metrics"]["final"] = None
 
     def edits() -> Iterator[EditLine]:
-        with closing(Journal(folder / JOURNAL, read_only=True)) as journal:
-            for record in journal.records(limit=figures.edits):
-                yield EditLine.model_validate(record.as_json())
+        return (EditLine.model_validate({**record.as_json(), "final": []}) for record in journal.records())
 
-    return RunSource(str(folder), figures, edits)
+    return RunSource(str(folder), Results.model_validate({**found, "finished": False}), edits)
 
 
 def _lines(path: Path) -> Iterator[EditLine]:

@@ -30,7 +30,8 @@ def labels(runs: Sequence[RunSource]) -> list[str]:
 
 def _called(results: Results) -> str:
     name, rank = method(results), results.config.get("rank")
-    return f"{name}, rank {rank}" if rank is not None and name in _WITH_RANK else name
+    called = f"{name}, rank {rank}" if rank is not None and name in _WITH_RANK else name
+    return called if results.finished else f"{called}, not finished"
 
 
 def count(results: Results) -> str:

@@ -24,9 +24,10 @@ from baft.testbed.training import OnProgress
 
 __all__ = ["Assignment", "load_assignment", "load_config", "load_held_out", "load_model"]
 
-# A long run draws hundreds of thousands of unrelated texts, so it matters that they aren't always the same few; more
-# than this cost memory for nothing.
-_POOL = 1 << 14
+# A long run draws hundreds of thousands of unrelated texts, so it matters that they aren't always the same few. Of more
+# than this the engine could no longer keep the states that it replays, at the width of a model of billions. A FactWorld
+# has as many as it has: its models are small.
+_POOL = 1 << 12
 # Texts that general ability is measured on, at most.
 _HELD_OUT = 200
 
@@ -87,7 +88,7 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
 
     The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
     records that aren't edited, each with its old answer, less every prompt that an edited record is measured with.
-    Held-out texts are what other such records say. A FactWorld has people set apart for each.
+    Held-out texts are what other such records say. A FactWorld has people set apart for each, and strangers.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
@@ -110,8 +111,9 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         measured |= {request.prompt for request in apart}
         said = (pair for request in rest for pair in _statements(request))
         pool = [sentence for prompt, sentence in said if prompt not in measured]
-    draw.shuffle(pool)
-    return Assignment(chosen, pool[:_POOL] or None, held_out[:_HELD_OUT])
+        draw.shuffle(pool)
+        pool = pool[:_POOL]
+    return Assignment(chosen, pool or None, held_out[:_HELD_OUT])
 
 
 def _statements(request: EditRequest) -> Iterator[tuple[str, str]]:

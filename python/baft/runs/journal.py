@@ -9,11 +9,13 @@ unlike write-ahead logging works on network file systems too.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from baft.distributed import World
@@ -47,12 +49,16 @@ CREATE TABLE IF NOT EXISTS sessions (
 """
 
 
+# Edits that are read at a time.
+_PAGE = 64
+
+
 class Journal:
     """The journal of one run.
 
     Args:
         path: its file, made if need be; None keeps it in memory, for runs that write nothing.
-        read_only: only look, which may be done while another process writes.
+        read_only: only look, which may be done while another process writes: no reading takes long enough to stop it.
 
     Raises:
         ValueError: if the file is no journal, or a damaged one.
@@ -61,17 +67,34 @@ class Journal:
     def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         self.path = path
         self._bookkeeping = 0.0
-        name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+        self._session: int | None = None
+        self._folder: TemporaryDirectory[str] | None = None
         try:
-            self._connection = sqlite3.connect(name, timeout=30, isolation_level=None, uri=True)
             if read_only:
-                self._connection.execute("SELECT count(*) FROM edits")
+                assert path is not None
+                self._connection = _opened_to_read(path)
                 return
+            self._connection = _connect(path, "rwc")
             self._connection.execute("PRAGMA journal_mode=TRUNCATE")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(_TABLES)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
+
+    @classmethod
+    def as_it_is(cls, path: Path) -> Journal:
+        """A copy of the journal at ``path`` at this moment, for who reads much of it while the run may go on.
+
+        It is on disk, as there may be more than fits in memory, until nobody has the journal any more.
+        """
+        folder = TemporaryDirectory(prefix="baft-journal-")
+        copy = Path(folder.name) / path.name
+        source = cls(path, read_only=True)
+        with closing(source), closing(sqlite3.connect(copy)) as target:
+            source._connection.backup(target)
+        journal = cls(copy, read_only=True)
+        journal._folder = folder
+        return journal
 
     @classmethod
     def copy_of(cls, journal: Journal, world: World) -> Journal:
@@ -102,8 +125,8 @@ class Journal:
             self._connection.execute("BEGIN IMMEDIATE")
             yield self._connection
             self._connection.execute(
-                "UPDATE sessions SET last = ?, bookkeeping = ? WHERE id = (SELECT max(id) FROM sessions)",
-                (time.time(), self._bookkeeping),
+                "UPDATE sessions SET last = ?, bookkeeping = ? WHERE id = ?",
+                (time.time(), self._bookkeeping, self._session),
             )
             self._connection.execute("COMMIT")
         except BaseException as error:
@@ -156,13 +179,7 @@ class Journal:
         Args:
             measures: with what was asked of them.
         """
-        rows = self._rows(
-            "SELECT position, request, training, seconds, steps FROM edits WHERE position >= ? "
-            "ORDER BY position LIMIT ?",
-            first,
-            -1 if limit is None else limit,
-        )
-        for position, request, training, seconds, steps in rows:
+        for position, request, training, seconds, steps in self._in_pages(first, limit):
             record = EditRecord(
                 position,
                 EditRequest.model_validate_json(request),
@@ -174,6 +191,23 @@ class Journal:
                 record.immediate = self.measures(position, "immediate")
                 record.final = self.measures(position, "final")
             yield record
+
+    def _in_pages(self, first: int, limit: int | None) -> Iterator[tuple[Any, ...]]:
+        """Rows of edits. Nothing is locked between pages, however long the reader takes."""
+        left = math.inf if limit is None else limit
+        while left > 0:
+            page = list(
+                self._rows(
+                    "SELECT position, request, training, seconds, steps FROM edits WHERE position >= ? "
+                    "ORDER BY position LIMIT ?",
+                    first,
+                    int(min(left, _PAGE)),
+                )
+            )
+            yield from page
+            if len(page) < min(left, _PAGE):
+                return
+            first, left = page[-1][0] + 1, left - len(page)
 
     def measures(self, position: int, moment: Moment) -> list[ProbeResult]:
         found = self._one("SELECT results FROM measures WHERE position = ? AND moment = ?", position, moment)
@@ -271,12 +305,15 @@ class Journal:
         """What ``describe`` was told.
 
         Raises:
-            ValueError: if it was told nothing: the run hasn't begun, or is from before there was a description.
+            ValueError: if it was told nothing: the run hasn't begun, or an older version began it.
         """
         tables = "SELECT 1 FROM sqlite_schema WHERE name = 'description'"
         text = self._one("SELECT text FROM description") if self._one(tables) else None
         if text is None:
-            raise ValueError(f"{self.path}: expected a run that has begun, got one without a description")
+            raise ValueError(
+                f"{self.path}: expected a run that has begun, got one that hasn't, or that an older version began: "
+                "gone on with to its end, it has its results"
+            )
         found: dict[str, Any] = json.loads(text)
         return found
 
@@ -287,9 +324,9 @@ class Journal:
         with self._transaction() as connection:
             now = time.time()
             self._bookkeeping = 0.0
-            connection.execute(
+            self._session = connection.execute(
                 "INSERT INTO sessions (began, last, resumed_at) VALUES (?, ?, ?)", (now, now, resumed_at)
-            )
+            ).lastrowid
 
     def note(self, text: str) -> None:
         """Keep something that was said aloud in this session."""
@@ -311,6 +348,25 @@ class Journal:
             }
             for began, seconds, at, cost, notes in rows
         ]
+
+
+def _connect(path: Path | None, mode: str) -> sqlite3.Connection:
+    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(name, timeout=30, isolation_level=None, uri=True)
+
+
+def _opened_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that reads. After a kill in the middle of a transaction it takes back what that had begun."""
+    for mode in ("ro", "rw"):
+        connection = _connect(path, mode)
+        try:
+            connection.execute("SELECT count(*) FROM edits")
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if mode == "rw" or "readonly" not in str(error):
+                raise
+    raise AssertionError
 
 
 def _write_measures(

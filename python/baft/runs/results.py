@@ -1,7 +1,7 @@
 """What a run has to say of itself: ``results.json`` at its end, and as much of it as there is at any time before.
 
-What can't change is in the journal from the beginning, the rest is counted from what else the journal holds. So a
-reader needs the journal alone, and doesn't disturb the run.
+What can't change is in the journal from the beginning, the rest is counted from what else the journal holds: a reader
+needs the journal alone.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
     final = summarise(journal.measured("final", without=overruled))
     return {
         **known,
+        "requests": known["requests"] - len(journal.dropped()),
         "edits": edits,
         "metrics": {
             "immediate": final if mode == "batch" else summarise(journal.measured("immediate")),

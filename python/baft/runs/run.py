@@ -101,8 +101,8 @@ def run_edits(
         world=world,
     )
     journal = context.journal
-    journal.describe({**(description or {}), **describe(context, mode)})
     journal.begin_session(len(journal.positions()))
+    journal.describe({**(description or {}), **describe(context, mode)})
     for conflict in context.conflicts:
         context.say(in_words(conflict))
     run = SequentialRun(context)
