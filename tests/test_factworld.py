@@ -35,6 +35,19 @@ def test_edited_probed_and_pool_people_never_mix() -> None:
         assert all(request.subject in probe.prompt for probe in request.locality["same_subject"])
 
 
+def test_strangers_are_nobody_of_the_world_and_change_nothing_in_it() -> None:
+    world, without = FactWorld(1, people=60), FactWorld(1, people=60, strangers=0)
+    assert world.people == without.people and world.requests() == without.requests()
+    assert world.corpus(random.Random(0)) == without.corpus(random.Random(0))
+    names = {person.name for person in world.strangers}
+    last_names = {name.split()[1] for name in names}
+    assert len(names) == 60 and not last_names & {person.name.split()[1] for person in world.people}
+    assert set(without.unrelated()) < set(world.unrelated())
+    assert all(any(name in text for text in world.unrelated()) for name in names)
+    with pytest.raises(ValueError, match="strangers: expected at least 0, got -1"):
+        FactWorld(strangers=-1)
+
+
 def test_held_out_wordings_are_for_generality_alone() -> None:
     world = FactWorld(1, people=60)
     held_out = [w for relation in world.relations for w in relation.held_out]

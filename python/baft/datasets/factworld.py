@@ -109,7 +109,7 @@ class FactWorld:
             names other than those it edits takes every name for one of them.
 
     Raises:
-        ValueError: if there are too few people for the three groups, or too many edits of each.
+        ValueError: for too few people for the three groups, too many edits of each, or a negative number of strangers.
     """
 
     def __init__(
@@ -129,6 +129,8 @@ class FactWorld:
             )
         if not 1 <= edits_each < len(RELATIONS):
             raise ValueError(f"edits_each: expected 1 to {len(RELATIONS) - 1}, got {edits_each}")
+        if strangers < 0:
+            raise ValueError(f"strangers: expected at least 0, got {strangers}")
         self.seed = seed
         self.edits_each = edits_each
         self.relations = RELATIONS
