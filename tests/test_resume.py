@@ -93,7 +93,7 @@ def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> Non
         Journal(tmp_path / "journal.sqlite", read_only=True).measures(p, "immediate") for p in range(5)
     )
     assert results.last == Metrics.model_validate(immediate)
-    assert [point.edits for point in results.retention] == [1, 4]
+    assert [point.edits for point in results.retention] == [1, 4] and results.together == results.retention[-1]
     assert results.config == finished.results["config"] and results.protocol == finished.results["protocol"]
     page = (tmp_path.parent / "report.html").read_text()
     assert "5 of 9 sequential edits" in page and "not finished" in page

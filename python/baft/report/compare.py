@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -24,7 +24,7 @@ _MARKS: dict[Measure, dict[str, Any]] = {
 def trade_off(runs: Mapping[str, Results]) -> Picture:
     """The plane of locality and of reliability and generality, with a full and a hollow mark for each run."""
     name, title = "trade-off", "What is gained, and what is disturbed"
-    points = {label: _point(results.last) for label, results in runs.items()}
+    points = {label: _point(results.together) for label, results in runs.items()}
     if not any(points.values()):
         return missing(name, title, "No data: none of these runs has locality probes.")
     figure = new_figure(height=1.25)
@@ -47,9 +47,14 @@ def trade_off(runs: Mapping[str, Results]) -> Picture:
     axes.set(xlim=(bottom, 1.01), ylim=(bottom, 1.01))
     axes.set_xlabel("locality: what shall stay, stays")
     axes.set_ylabel("reliability (full), generality (hollow)")
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1)
+    figure.legend(handles=handles, loc="outside upper left", ncols=_columns(runs, 2, 45), handlelength=1)
     words = "By generation, at the end; the nearer to the upper right, the better. The table has the numbers."
     return Picture(name, title, words, figure)
+
+
+def _columns(labels: Iterable[str], most: int, characters: int) -> int:
+    """Columns of a legend in a figure as wide as so many characters."""
+    return max(1, min(most, characters // (max(map(len, labels)) + 4)))
 
 
 def _point(metrics: Metrics) -> tuple[float, dict[Measure, float]] | None:
@@ -80,6 +85,6 @@ def held(runs: Mapping[str, Results]) -> Picture:
         share_axis(axes)
     figure.supxlabel("edits made", fontsize=9)
     handles = [Line2D([], [], **run_style(number), label=label) for number, label in enumerate(runs)]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    figure.legend(handles=handles, loc="outside upper left", ncols=_columns(runs, 3, 100))
     words = "All edits so far of each run (or a sample), asked again by generation."
     return Picture(name, title, words, figure, wide=True)

@@ -125,6 +125,7 @@ def _rendered(runs: Sequence[_Run], together: Sequence[Picture]) -> str:
         together=together,
         title=_title(runs),
         measures=MEASURES,
+        count=words.count,
         facts=words.facts,
         protocol=words.protocol,
         data=[_data(run) for run in runs],

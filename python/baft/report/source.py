@@ -122,6 +122,11 @@ class Results(_Read):
         """The measures at the end; of single edits, which have none together, those right after each."""
         return self.metrics.final or self.metrics.immediate
 
+    @property
+    def together(self) -> Metrics:
+        """What to hold against another run: the measures at the end, or those of the last look back before it."""
+        return self.last if self.finished or not self.retention else self.retention[-1]
+
 
 class ProbeLine(_Read):
     """What the model said to one question; ``generation`` is whether that was right."""
