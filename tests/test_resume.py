@@ -77,8 +77,13 @@ def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> Non
     """Read while the run is at it, after five of its nine edits."""
     seen: list[tuple[RunSource, list[EditLine]]] = []
 
+    measured: list[RunSource] = []
+
     def look() -> None:
-        if len(Journal(tmp_path / "journal.sqlite", read_only=True).positions()) == 5 and not seen:
+        journal = Journal(tmp_path / "journal.sqlite", read_only=True)
+        if any(journal.measured("final")):
+            measured.append(read_run(tmp_path))
+        if len(journal.positions()) == 5 and not seen:
             source = read_run(tmp_path)
             seen.append((source, list(source.edits())))
             write_report([tmp_path], tmp_path.parent / "report.html")
@@ -93,6 +98,7 @@ def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> Non
         Journal(tmp_path / "journal.sqlite", read_only=True).measures(p, "immediate") for p in range(5)
     )
     assert results.last == Metrics.model_validate(immediate)
+    assert measured and all(source.results.metrics.final is None for source in measured)  # it may be of a part of them
     assert [point.edits for point in results.retention] == [1, 4] and results.together == results.retention[-1]
     assert results.config == finished.results["config"] and results.protocol == finished.results["protocol"]
     page = (tmp_path.parent / "report.html").read_text()

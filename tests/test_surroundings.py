@@ -142,11 +142,14 @@ def test_where_a_word_ends(rest: str, goes_on: bool) -> None:
 
 
 def test_no_text_ends_before_it_begins() -> None:
-    model = tiny_model()
+    """Though the model would say nothing of the subject."""
+    model, eos = tiny_model(), tiny_tokenizer().eos_token_id
+    start = torch.tensor([ENCODER.prompt("Bob Stone").ids])
     with torch.no_grad():
-        model.lm_head.weight[tiny_tokenizer().eos_token_id] = 10 * model.lm_head.weight.abs().max()
+        model.lm_head.weight[eos] = model.model(start).last_hidden_state[0, -1]
+        assert model(start).logits[0, -1].argmax() == eos
     texts = Surroundings(model, nullcontext, ENCODER, 6).of(ROWS[1])
-    assert not any(tiny_tokenizer().eos_token_id in text.ids for text in texts)
+    assert texts and not any(eos in text.ids for text in texts)
 
 
 def test_a_changed_model_is_asked_again() -> None:
@@ -184,6 +187,18 @@ def test_a_lesson_tells_in_other_words_too(monkeypatch: pytest.MonkeyPatch) -> N
     trainer = tiny_editor(retellings=0)._begin()
     monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
     assert trainer.lesson([new]).edits == [new]
+
+
+def test_surroundings_know_of_all_edits_and_of_those_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(subject_texts=6, max_steps=1, batch_passes=1, consolidate_every=2)
+    told: list[tuple[int, int]] = []
+    surroundings = editor._begin().surroundings
+    monkeypatch.setattr(surroundings, "know", lambda edits, new=(): told.append((len(edits), len(new))))
+    editor.edit(REQUESTS[:1])
+    editor.edit(REQUESTS[1:2])
+    editor.edit(REQUESTS[2:], "batch")
+    count = len(REQUESTS)
+    assert set(told[:2]) == {(0, 1), (1, 1)} and set(told[2:]) == {(2, 0), (count, 0)}
 
 
 def test_without_a_subject_or_a_wish_there_are_none() -> None:
