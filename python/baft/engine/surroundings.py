@@ -17,9 +17,9 @@ from baft.placement import device_of
 
 __all__ = ["Surroundings"]
 
-# Tokens that are written of a subject, and requests whose texts are remembered.
+# Tokens that are written of a subject; and how much of each kind is remembered, so that no step waits for texts.
 _LENGTH = 12
-_REMEMBERED = 1 << 14
+_REMEMBERED = 1 << 17
 
 # Where an answer ends; the marks of Chinese and Japanese too.
 _END = re.compile("[.,;:!?\n\u3002\uff0c\uff1b\uff1a\uff01\uff1f]")
@@ -55,6 +55,8 @@ class Surroundings:
         self._branches = lru_cache(_REMEMBERED)(self._write)
         self._answer = lru_cache(_REMEMBERED)(self._answer_to)
         self._column = lru_cache(_REMEMBERED)(self._find_column)
+        self._told = lru_cache(_REMEMBERED)(self._told_by)
+        self._start = lru_cache(_REMEMBERED)(self._encode)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
         self._asked: dict[str, set[tuple[int, ...]]] = {}
         self._known: Sequence[Encoded] = ()
@@ -109,7 +111,7 @@ class Surroundings:
         if not answer or answer in others:
             return ()
         spaced = not self._text(row.ids[: row.prompt_length])[-1:].isspace()
-        span = self._encoder.prompt(subject, subject).subject
+        span = self._start(subject).subject
         found = []
         for branch in self._branches(subject):
             column = self._column(branch, subject, answer, spaced)
@@ -124,17 +126,17 @@ class Surroundings:
         new = {prompt for about, prompt in self._new if about == subject}
         return {row.ids[: row.prompt_length], *new, *self._asked.get(subject, ())}
 
-    def _told(self, branch: tuple[int, ...], subject: str) -> str:
+    def _told_by(self, branch: tuple[int, ...], subject: str) -> str:
         """What a text says of its subject, without naming it, and without regard to case."""
-        return self._text(branch).casefold()[len(self._text(self._start(subject)).casefold()) :]
+        return self._text(branch).casefold()[len(self._text(self._start(subject).ids).casefold()) :]
 
     def _find_column(self, branch: tuple[int, ...], subject: str, answer: str, spaced: bool) -> int | None:
         """Where an answer begins in a text, in words of its own, ``spaced`` from what is before or not; else None."""
         whole = self._told(branch, subject)
         if answer not in whole:
             return None
-        for column in range(len(self._start(subject)), len(branch)):
-            told = self._told(branch[:column], subject)
+        for column in range(len(self._start(subject).ids), len(branch)):
+            told = self._told_by(branch[:column], subject)
             left = whole.removeprefix(told)
             rest = left.lstrip()
             if whole.startswith(told) and rest.startswith(answer) and not _goes_on(rest[len(answer) :]):
@@ -147,7 +149,7 @@ class Surroundings:
 
     @torch.no_grad()
     def _write(self, subject: str) -> list[tuple[int, ...]]:
-        start = torch.tensor([self._start(subject)], device=device_of(self._model))
+        start = torch.tensor([self._start(subject).ids], device=device_of(self._model))
         with evaluating(self._model), self._disabled():
             scores = self._model(input_ids=start).logits[0, -1]
             if (eos := self._encoder.tokenizer.eos_token_id) is not None:
@@ -177,8 +179,8 @@ class Surroundings:
         ends = [row.index(eos, start) if eos in row[start:] else len(row) for row in written]
         return [tuple(row[:end]) for row, end in zip(written, ends, strict=True)]
 
-    def _start(self, subject: str) -> tuple[int, ...]:
-        return self._encoder.prompt(subject, "").ids
+    def _encode(self, subject: str) -> Encoded:
+        return self._encoder.prompt(subject, subject)
 
     def _text(self, ids: tuple[int, ...]) -> str:
         return str(self._encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
