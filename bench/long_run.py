@@ -31,8 +31,8 @@ from baft.runs.journal import Journal
 from baft.runs.run import run_edits
 from baft.runs.start import RunWords, start
 
-# A thousand facts need more bases than a hundred. What retellings give to generality leaves room for a smaller weight on
-# locality, with which edits are learned in fewer steps.
+# A thousand facts need more bases than a hundred. What retellings give to generality leaves room for a smaller weight
+# on locality, with which edits are learned in fewer steps.
 SETTINGS = BaftConfig(rank=128, learning_rate=6e-3, max_steps=8, locality_weight=8.0)
 
 
