@@ -93,7 +93,7 @@ class Journal:
         with closing(source), closing(sqlite3.connect(copy)) as target:
             source._connection.backup(target)
         journal = cls(copy, read_only=True)
-        journal._folder = folder
+        journal.path, journal._folder = path, folder  # by the name that people know
         return journal
 
     @classmethod
