@@ -23,8 +23,8 @@ class BaftConfig(BaseModel):
     grid of learning rates and locality weights, and ``factworld_ablations_batch.md`` what changing one of them does.
     Those tables are older than ``subject_texts``, ``retellings``, ``locality_weight`` as it is now, and
     ``consolidation_steps``; ``long_run_*`` have what these give, but for the bases and rates that are said there. What
-    ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they are off. No larger model was at hand:
-    for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
+    ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they are off. No larger model was at
+    hand: for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
 
     Attributes:
         rank: r, the number of bases in each edited block.
