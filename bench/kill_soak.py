@@ -126,7 +126,9 @@ def what_it_was_at(folder: Path) -> str:
             return "beginning"
         edits = len(place.journal.positions())
         measured = edits - len(place.journal.unmeasured("final"))
-        return "measuring at the end" if measured else "before the first edit" if not edits else "editing"
+        if measured or place.journal.settling():
+            return "measuring at the end" if measured else "settling"
+        return "editing" if edits else "before the first edit"
     return "beginning"
 
 

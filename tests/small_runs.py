@@ -48,7 +48,16 @@ class Listener(Nobody):
 
 def small_editor(**changes: Any) -> BaftEditor:
     return tiny_editor(
-        tiny_model(), **{"max_steps": 3, "consolidate_every": 3, "balance_weight": 0.01, "subject_texts": 3, **changes}
+        tiny_model(),
+        **{
+            "max_steps": 3,
+            "consolidate_every": 3,
+            "settling_rounds": 6,
+            "batch_size": 4,
+            "balance_weight": 0.01,
+            "subject_texts": 3,
+            **changes,
+        },
     )
 
 

@@ -134,16 +134,48 @@ def test_a_text_that_is_both_edited_and_unrelated_is_the_same_text(monkeypatch: 
 # -- the budget --
 
 
-def test_a_used_up_budget_forgets_and_computes_the_same_bits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def rows_of(count: int) -> int:
+    """Bytes of so many tokens' vectors."""
+    return 2 * 4 * WIDTH * count
+
+
+def test_a_used_up_budget_computes_the_same_bits_again() -> None:
     texts = [*EDITS, *COMPANY]
     expected = Memory().of(texts)
-    # Each text fits alone; not one fits beside the company.
-    memory = Memory(memory=2 * 4 * WIDTH * tokens(*COMPANY))
-    with watched(monkeypatch) as computed:
-        for k in (0, 3, 0, 4, 1, 6):
+    for budget in range(tokens(EDITS[0]), 3 * tokens(*texts), 5):
+        memory = Memory(memory=rows_of(budget))
+        for k in (0, 3, 0, 4, 1, 6, 2, 0, 1, 5, 2, 3):
             assert_same(memory.of([texts[k]]), [expected[k]])
+            assert_same(memory.of([texts[0], texts[k]]), [expected[0], expected[k]])
+
+
+def test_what_was_computed_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 40)]
+    memory = Memory(memory=rows_of(tokens(*COMPANY) + 8 * 10))
+    with watched(monkeypatch) as computed:
+        for text in texts[:8]:  # all that there is room for
+            memory.of([text])
+        memory.of([texts[8]])
+        memory.of(texts[4:9])  # the newer half is still known
+        assert len(computed) == 9
+        memory.of([texts[0]])
+        assert len(computed) == 10
+        for text in texts[9:12]:  # the half that makes room next is the one that is older now
+            memory.of([text])
+        memory.of([texts[8], texts[0], *texts[9:11]])
+    assert len(computed) == 13
+    assert set(computed) == {10}
+
+
+def test_unrelated_texts_stay_if_they_take_no_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
     company = tokens(*COMPANY)
-    assert computed == [tokens(EDITS[0]), company, tokens(EDITS[0]), company, tokens(EDITS[1]), company]
+    texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 60)]
+    for budget, times in ((2 * company, 1), (2 * company - 2, len(texts))):
+        memory = Memory(memory=rows_of(budget))
+        with watched(monkeypatch) as computed:
+            for one in texts:
+                memory.of([one, COMPANY[0]])
+        assert len(computed) > len(texts) and (computed.count(company) == 1) == (times == 1)
 
 
 def test_a_step_larger_than_the_budget_is_taken_all_the_same() -> None:
@@ -156,13 +188,11 @@ def test_a_step_larger_than_the_budget_is_taken_all_the_same() -> None:
 
 def test_no_more_memory_is_held_than_the_budget_says() -> None:
     texts = [Encoded(tuple(range(first, first + 60)), 60) for first in range(3, 60)]
-    rows = 60 * len(texts) - 100
-    budget = 2 * 4 * WIDTH * rows
+    budget = rows_of(60 * len(texts) - 100)
     memory = Memory(memory=budget)
-    for one in texts:
+    for one in [*texts, *texts]:
         memory.of([one])
-        buffers = [memory.states._prefixes._buffer, memory.states._head_inputs._buffer]
-        assert sum(buffer.nbytes for buffer in buffers if buffer is not None) <= budget
+        assert memory.passes.report()["remembered_bytes"] == memory.states.nbytes <= budget
 
 
 # -- changed weights --

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from small_runs import ASKED, PLAN, Listener, run_in
+from small_runs import ASKED, PLAN, Listener, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
+from torch import Tensor
 
 from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import DivergedError, Learner
-from baft.engine.schedule import Curve, OnStep, edit_next
+from baft.engine.schedule import Curve, OnStep, edit_next, settle
 from baft.engine.surroundings import Surroundings
 from baft.evaluation.measures import summarise
 from baft.report import write_report
@@ -115,8 +116,11 @@ def test_a_run_without_an_edit_has_no_report_yet(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-# Nine edits advance nine times, and the measures at the end once.
-@pytest.mark.parametrize(("advances", "every"), [(0, 1), (3, 1), (3, 4), (8, 4), (5, 100), (9, 100)])
+# Nine edits advance nine times, six settling rounds six times, and the measures at the end once.
+@pytest.mark.parametrize(
+    ("advances", "every"),
+    [(0, 1), (3, 1), (3, 4), (8, 4), (5, 100), (9, 100), (10, 1), (10, 4), (12, 100), (14, 4), (15, 1), (15, 100)],
+)
 def test_a_run_that_broke_off_ends_as_the_whole_one(advances: int, every: int, whole: Path, tmp_path: Path) -> None:
     plan = RunPlan(**{**vars(PLAN), "checkpoint_every": every})
     with pytest.raises(Broken):
@@ -154,6 +158,60 @@ def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None
         assert process.exitcode in (0, -signal.SIGKILL)
     assert kills >= 3
     assert outcome(tmp_path) == outcome(whole)
+
+
+def test_settling_that_goes_on_leaves_the_state_before_it_alone(whole: Path, tmp_path: Path) -> None:
+    """The checkpoint of the last edit is gone by then: what is in the editor must not be taken for it."""
+    plan = RunPlan(**{**vars(PLAN), "checkpoint_every": 1})
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=plan, listener=break_off_after(15))
+    assert "000000009" not in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    run_in(tmp_path, plan=plan)
+    assert "000000009" not in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_settling_is_checked_against_the_journal(tmp_path: Path) -> None:
+    plan = RunPlan(checkpoint_every=100)
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=plan, listener=break_off_after(12))
+    with sqlite3.connect(tmp_path / "journal.sqlite") as journal:
+        journal.execute("UPDATE settling SET training = json_set(training, '$.losses[0]', 0.125) WHERE round = 1")
+    listener = Listener()
+    run_in(tmp_path, plan=plan, listener=listener)
+    (said,) = (text for text in listener.said if "otherwise" in text)
+    assert said.startswith("settling round 2 ") and "0.125" in said
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_settling_without_a_finite_loss_ends_before_that_round(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(trainer: Learner, past: Sequence[Encoded], number: int, on_step: OnStep | None = None) -> Curve:
+        curve = settle(trainer, past, number, on_step)
+        if number == 2:  # having left its traces
+            raise DivergedError(math.nan, curve.steps)
+        return curve
+
+    plan = RunPlan(**{**vars(PLAN), "checkpoint_every": every})
+    monkeypatch.setattr("baft.trained.settle", diverge)
+    with pytest.raises(Broken):
+        run_in(tmp_path / "run", plan=plan, listener=break_off_after(12))
+    listener = Listener()
+    run_in(tmp_path / "run", plan=plan, listener=listener)
+    found = outcome(tmp_path / "run")
+    assert [curve["diverged"] for curve in found["settling"]] == [False, False, True]
+    assert found["settling"][2]["losses"] == [None]
+    assert not any("otherwise" in said for said in listener.said)
+    editor = small_editor()
+    editor.edit(ASKED)
+    with pytest.raises(DivergedError):
+        states: list[dict[str, Tensor]] = []
+        editor.settle(on_round=lambda _: states.append(editor.state()))
+    editor.load_state(states[-1])
+    editor.save_pretrained(tmp_path / "expected")
+    for file in (tmp_path / "expected").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "run" / "adapter" / file.name).read_bytes()
 
 
 def test_what_a_run_says_is_checked_against_the_journal(tmp_path: Path) -> None:

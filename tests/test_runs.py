@@ -126,7 +126,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     checkpoints.write(7, state)
     checkpoints.write(9, {"a": torch.zeros(1)})
     known = Checkpoints(tmp_path / "checkpoints").newest(8)
-    assert known is not None and known.edits == 7
+    assert known is not None and known.done == 7
     assert known.state.keys() == state.keys() and all(torch.equal(known.state[name], state[name]) for name in state)
 
 

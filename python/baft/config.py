@@ -69,6 +69,8 @@ class BaftConfig(BaseModel):
         consolidation_steps: how many steps each time, at most; the learning rates fall along a cosine meanwhile. Those
             edited since the last time come first, then all others in rounds, each of which goes on where the last
             consolidation left it. It ends early with a whole round that finds all losses below ``stop_below``.
+        settling_rounds: a sequential run ends with so many rounds over all its edits, at most, over which the learning
+            rates fall along one cosine: see ``baft.trained.TrainedEditor.settle``.
         chunk_tokens: longer targets are edited in chunks of so many tokens, each behind those before it; ``max_steps``
             is then for each chunk. None edits each target whole.
         grow_every: in sequential mode, after every so many edits, add ``grow_by`` bases to each block, orthogonal to
@@ -113,6 +115,7 @@ class BaftConfig(BaseModel):
     rehearsal_buffer: AtLeastOne | None = None
     consolidate_every: Count = 25
     consolidation_steps: Count = 40
+    settling_rounds: Count = 8
     chunk_tokens: AtLeastOne | None = None
     grow_every: Count = 0
     grow_by: AtLeastOne = 16

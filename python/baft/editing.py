@@ -16,7 +16,18 @@ from baft.engine.encoding import Encoder
 from baft.engine.schedule import Curve, OnStep
 from baft.requests import EditRequest
 
-__all__ = ["EditOutcome", "Editor", "Gated", "Mode", "OnEdit", "SideBySide", "check_mode", "try_each"]
+__all__ = [
+    "EditOutcome",
+    "Editor",
+    "Gated",
+    "Mode",
+    "OnEdit",
+    "OnRound",
+    "Settling",
+    "SideBySide",
+    "check_mode",
+    "try_each",
+]
 
 Mode = Literal["single", "batch", "sequential"]
 
@@ -40,6 +51,9 @@ class EditOutcome:
 
 OnEdit = Callable[[EditOutcome], None]
 """Called after each edit, with the edit on."""
+
+OnRound = Callable[[Curve], None]
+"""Called after each settling round."""
 
 
 class Editor(Protocol):
@@ -124,6 +138,14 @@ class Gated(Protocol):
 
     def gate_usage(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
         """By block the share that each basis has in all that the gates let through on ``requests``, [r]."""
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """An editor that goes through all its edits once more when there are no others to come."""
+
+    def settle(self, *, done: int = 0, on_round: OnRound | None = None) -> list[Curve]:
+        """``settling_rounds`` of the configuration, or what is left of them."""
 
 
 def check_mode(mode: str) -> None:

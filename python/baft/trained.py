@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.attach import Attachment
 from baft.config import BaftConfig
-from baft.editing import EditOutcome, Mode, OnEdit, check_mode, try_each
+from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
 from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import Learner
 from baft.engine.modes import frozen_for_editing
-from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next
+from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import device_of, keep_differentiable
@@ -174,6 +174,35 @@ class TrainedEditor(ABC):
             finally:
                 self.load_state(before)
             yield EditOutcome(index, request, curve, state)
+
+    def settle(self, *, done: int = 0, on_round: OnRound | None = None, on_step: OnStep | None = None) -> list[Curve]:
+        """Go through all that is edited in ``settling_rounds`` times more, at most: to be done after the last edit.
+
+        What consolidates a sequence while it is edited has high learning rates again and again, and leaves the newest
+        edits best and others less so. Here the rates fall along one cosine, and all edits have the same share.
+
+        Args:
+            done: rounds that are done already, by an editor whose state this one was given.
+            on_round: called after each round.
+            on_step: called after each training step.
+
+        Returns:
+            How each round trained, whose one loss is its mean. One that finds all losses below ``stop_below`` is the
+            last.
+
+        Raises:
+            RuntimeError: if the loss is no finite number any more.
+        """
+        curves: list[Curve] = []
+        for number in range(done, self.config.settling_rounds if self.edits else 0):
+            trainer = self._begin()
+            with frozen_for_editing(self.model):
+                curves.append(settle(trainer, self._history.rows(), number, on_step))
+            if on_round:
+                on_round(curves[-1])
+            if curves[-1].converged:
+                break
+        return curves
 
     @abstractmethod
     def _begin(self) -> Learner:

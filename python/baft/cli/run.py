@@ -67,6 +67,9 @@ def run(
     slots: Annotated[
         int | None, typer.Option(help="Single edits trained at a time; chosen by the memory that is free.", min=1)
     ] = None,
+    remember: Annotated[
+        int | None, typer.Option(help="MiB for what the engine remembers of texts; 2048 by default.", min=1)
+    ] = None,
     device_map: DeviceMap = None,
     tensor_parallel: TensorParallel = False,
     quantise: Quantise = None,
@@ -113,6 +116,7 @@ def run(
             config=load_config(config, seed=seed, backend=backend),
             edits=edits,
             slots=slots,
+            remember=remember,
             device_map=device_map,
             tensor_parallel=tensor_parallel,
             quantise=quantise,

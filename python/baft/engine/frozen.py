@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -21,7 +21,9 @@ class FrozenStates:
     """By text, what the first edited block returns before its edit, and what the unedited model's head is given.
 
     A text is always computed in the same company, so that what is remembered doesn't depend on what was asked for
-    before: a run that was interrupted and resumed gets the same bits. When ``budget`` is used up all is forgotten.
+    before: a run that was interrupted and resumed gets the same bits. When ``budget`` is used up what was computed
+    longest ago makes room, half of all at a time: memory grows up to there, and no further. Texts with company, which
+    are asked for all the time, stay, if they take no more than half of it.
 
     Args:
         replay: runs the model.
@@ -43,23 +45,31 @@ class FrozenStates:
         self._attachment = attachment
         self._lay_out = lay_out
         self._company = {text.ids: texts for texts in company for text in texts}
-        self._prefixes = _Vectors(budget // 2)
-        self._head_inputs = _Vectors(budget // 2)
+        self._budget = budget
+        self._places = self._no_places()
+        self._prefixes = _Rows()
+        self._head_inputs = _Rows()
         self._weights = self._versions()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held at present."""
+        return self._prefixes.nbytes + self._head_inputs.nbytes
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
         self._know(texts)
+        places = self._places
         # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
         width = grid.ids.shape[1]
-        index = [self._prefixes.start(texts[0].ids)] * grid.ids.numel()
+        index = [places.start(texts[0].ids)] * grid.ids.numel()
         for text, start in zip(texts, grid.starts, strict=True):
             row = start - start % width
-            index[row : row + width] = [self._prefixes.start(text.ids)] * width
+            index[row : row + width] = [places.start(text.ids)] * width
         for text, start in zip(texts, grid.starts, strict=True):
-            first = self._prefixes.start(text.ids)
+            first = places.start(text.ids)
             index[start : start + len(text.ids)] = range(first, first + len(text.ids))
-        return self._prefixes.rows(index).view(*grid.ids.shape, -1)
+        return self._prefixes.at(index).view(*grid.ids.shape, -1)
 
     def head_input(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
         """What the unedited model's head is given at the tokens of ``texts``, one text behind the other.
@@ -70,90 +80,149 @@ class FrozenStates:
         self._know(texts)
         index: list[int] = []
         for text in texts:
-            first = self._head_inputs.start(text.ids)
+            first = self._places.start(text.ids)
             index += range(first, first + len(text.ids))
-        return self._head_inputs.rows(index + index[:1] * (0 if rows is None else rows - len(index)))
+        return self._head_inputs.at(index + index[:1] * (0 if rows is None else rows - len(index)))
 
     def forget_if_changed(self) -> bool:
         """Forget all if the model's weights are others than they were, or were written to; returns whether they are."""
         weights = self._versions()
         changed = weights != self._weights
         if changed:
-            self._prefixes.clear()
-            self._head_inputs.clear()
+            self._places = self._no_places()
+            self._prefixes = _Rows()  # the weights may have another dtype now
+            self._head_inputs = _Rows()
             self._weights = weights
         return changed
+
+    def _no_places(self) -> _Places:
+        return _Places({text: len(text) for text in self._company})
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
 
     def _know(self, texts: Sequence[Encoded]) -> None:
         missing = self._missing(texts)
-        tokens = sum(len(text.ids) for group in missing for text in group)
-        if missing and not (self._prefixes.has_room(tokens) and self._head_inputs.has_room(tokens)):
-            self._prefixes.clear()
-            self._head_inputs.clear()
-            missing = self._missing(texts)
+        if not self._places.have_room(missing):
+            self._places.forget_older_half()
+            missing = self._missing(texts)  # some of ``texts`` may have been in it
+            if not self._places.have_room(missing):
+                self._places.forget()
+                missing = self._missing(texts)
         for group in missing:
             grid = self._lay_out(group)
             with self._attachment.disabled():
                 observed = self._replay.observe(grid)
+            prefix, head_input = observed.prefix.flatten(0, 1), observed.head_input.flatten(0, 1)
+            limit = self._places.limit_to(self._budget // (prefix[0].nbytes + head_input[0].nbytes))
             for text, start in zip(group, grid.starts, strict=True):
-                cells = slice(start, start + len(text.ids))
-                self._prefixes.add(text.ids, observed.prefix.flatten(0, 1)[cells])
-                self._head_inputs.add(text.ids, observed.head_input.flatten(0, 1)[cells])
+                if not self._places.knows(text.ids):
+                    cells = slice(start, start + len(text.ids))
+                    place = self._places.add(text.ids)
+                    self._prefixes.put(place, prefix[cells], limit)
+                    self._head_inputs.put(place, head_input[cells], limit)
 
     def _missing(self, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
         """Groups of texts to compute, so that all of ``texts`` are known."""
         groups: dict[Tokens, Sequence[Encoded]] = {}
         for text in texts:
-            if not self._prefixes.knows(text.ids):
+            if not self._places.knows(text.ids):
                 group = self._company.get(text.ids, (text,))
                 groups.setdefault(group[0].ids, group)
         return list(groups.values())
 
 
-class _Vectors:
-    """Vectors of the tokens of texts, one behind the other in one tensor that grows."""
+class _Places:
+    """Where texts stand, one behind the other, each with as many rows as it has tokens.
 
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._buffer: Tensor | None = None
+    Args:
+        favoured: texts that have places of their own, if these are no more than half of all, and their tokens.
+
+    """
+
+    def __init__(self, favoured: Mapping[Tokens, int]) -> None:
+        self._limit: int | None = None
+        self._favoured = favoured
+        self._favoured_starts: dict[Tokens, int] = {}
+        self._next_favoured = 0
+        # The favoured have the rows before ``_first``. The others are filled up to ``_end``: all of them at first, then
+        # one half after the other.
+        self._first = sum(favoured.values())
         self._starts: dict[Tokens, int] = {}
-        self._used = 0
+        self._next = self._first
+        self._end: int | None = None
+
+    def limit_to(self, rows: int) -> int:
+        """Have no more rows than these, but for what a single step needs beyond; the first limit counts.
+
+        Returns:
+            The limit.
+        """
+        if self._limit is None:
+            self._limit = rows
+            if self._first > rows // 2:
+                self._favoured, self._first = {}, 0
+            self.forget()
+        return self._limit
 
     def knows(self, text: Tokens) -> bool:
-        return text in self._starts
+        return text in self._starts or text in self._favoured_starts
 
     def start(self, text: Tokens) -> int:
-        return self._starts[text]
+        return self._starts[text] if text in self._starts else self._favoured_starts[text]
 
-    def rows(self, index: Sequence[int]) -> Tensor:
+    def have_room(self, groups: Sequence[Sequence[Encoded]]) -> bool:
+        """Whether so many more texts fit; where nothing is, there always is room."""
+        tokens = sum(len(text.ids) for group in groups for text in group if text.ids not in self._favoured)
+        return not tokens or not self._starts or self._end is None or self._next + tokens <= self._end
+
+    def add(self, text: Tokens) -> int:
+        """A place for a text."""
+        if text in self._favoured:
+            start = self._favoured_starts[text] = self._next_favoured
+            self._next_favoured += len(text)
+        else:
+            start = self._starts[text] = self._next
+            self._next += len(text)
+        return start
+
+    def forget_older_half(self) -> None:
+        """Go on in the half of the rows that was filled longer ago."""
+        assert self._limit is not None
+        half = (self._first + self._limit) // 2
+        if self._next > half:
+            self._starts = {text: start for text, start in self._starts.items() if start >= half}
+            self._next, self._end = self._first, half
+        else:
+            self._starts = {text: start for text, start in self._starts.items() if start < half}
+            self._next, self._end = half, self._limit
+
+    def forget(self) -> None:
+        """Forget all but the favoured."""
+        self._starts.clear()
+        self._next, self._end = self._first, self._limit
+
+
+class _Rows:
+    """Vectors by number, in one tensor that grows."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def at(self, index: Sequence[int]) -> Tensor:
         assert self._buffer is not None
         return self._buffer.index_select(0, sent(index, self._buffer.device))
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether so many more fit into the budget; what a single step needs is taken beyond it."""
-        if self._buffer is None or not self._used:
-            return True
-        return (self._used + tokens) * self._buffer[0].nbytes <= self._budget
-
-    def add(self, text: Tokens, vectors: Tensor) -> None:
-        if text in self._starts:
-            return
-        end = self._used + len(vectors)
+    def put(self, start: int, vectors: Tensor, limit: int) -> None:
+        """Write vectors; what grows by it grows to twice what is needed, but not beyond ``limit`` for more."""
+        end = start + len(vectors)
         if self._buffer is None or end > len(self._buffer):
-            # Twice the room, but not beyond the budget for more than is needed.
-            room = max(end, min(2 * end, self._budget // vectors[0].nbytes))
-            grown = vectors.new_empty(room, vectors.shape[-1])
+            grown = vectors.new_empty(max(end, min(2 * end, limit)), vectors.shape[-1])
             if self._buffer is not None:
-                grown[: self._used] = self._buffer[: self._used]
+                grown[: len(self._buffer)] = self._buffer
             self._buffer = grown
-        self._buffer[self._used : end] = vectors
-        self._starts[text] = self._used
-        self._used = end
-
-    def clear(self) -> None:
-        self._buffer = None
-        self._starts.clear()
-        self._used = 0
+        self._buffer[start:end] = vectors

@@ -202,7 +202,8 @@ class Passes:
     def report(self) -> dict[str, Any]:
         """How texts were laid out so far, for people."""
         padding = 1 - self._tokens / self._cells if self._cells else None
-        return {"texts_side_by_side": self._side_by_side, "padding": padding}
+        remembered = self._frozen.nbytes
+        return {"texts_side_by_side": self._side_by_side, "padding": padding, "remembered_bytes": remembered}
 
     @torch.no_grad()
     def _predictions(self, texts: Sequence[Encoded], rows: int | None = None, *, masked: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loops around the step: editing a batch, editing the next of a sequence, consolidating what came before."""
+"""The loops around the step: editing a batch, or the next of a sequence; going through what came before once more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import Learner, Planned
 
-__all__ = ["Curve", "OnStep", "Progress", "consolidate", "edit_batch", "edit_next"]
+__all__ = ["Curve", "OnStep", "Progress", "consolidate", "edit_batch", "edit_next", "settle"]
 
 OnStep = Callable[[int, int, float], None]
 """Called after every step with (step, steps at most, mean loss of the step's edits)."""
@@ -117,27 +117,44 @@ def edit_batch(
 ) -> Curve:
     """Edit many requests together: up to ``batch_passes`` passes over them, learning rates falling along a cosine."""
     rows = [chunk for chunks in edits for chunk in chunks]
-    steps = trainer.config.batch_passes * math.ceil(len(rows) / trainer.config.batch_size)
-    curve = _go(trainer, rows, Walk(), steps, on_step, known=[*past, *rows])
+    steps = range(trainer.config.batch_passes * _steps_of_a_round(trainer, rows))
+    curve = _go(trainer, rows, Walk(), steps, len(steps), on_step, known=[*past, *rows])
     trainer.count_usage([chunks[-1] for chunks in edits])
     return curve
 
 
 def consolidate(trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Go on through all past requests, those that came since the last time first: ``consolidation_steps`` at most."""
-    return _go(trainer, past, trainer.walk, trainer.config.consolidation_steps, on_step, known=past)
+    steps = range(trainer.config.consolidation_steps)
+    return _go(trainer, past, trainer.walk, steps, len(steps), on_step, known=past)
+
+
+def settle(trainer: Learner, past: Sequence[Encoded], number: int, on_step: OnStep | None = None) -> Curve:
+    """The settling round of a number from 0: go through all past requests once.
+
+    Over all ``settling_rounds`` the learning rates fall along one cosine.
+    """
+    rounds = trainer.config.settling_rounds
+    each = _steps_of_a_round(trainer, past)
+    steps = range(number * each, (number + 1) * each)
+    return _go(trainer, past, Walk(), steps, rounds * each, on_step, known=past)
+
+
+def _steps_of_a_round(trainer: Learner, rows: Sequence[Encoded]) -> int:
+    return math.ceil(len(rows) / trainer.config.batch_size)
 
 
 def _go(
     trainer: Learner,
     rows: Sequence[Encoded],
     walk: Walk,
-    steps: int,
+    steps: range,
+    of: int,
     on_step: OnStep | None,
     *,
     known: Sequence[Encoded],
 ) -> Curve:
-    """Train on ``rows`` of all that are ``known``, along ``walk``.
+    """Train on ``rows`` of all that are ``known``, along ``walk``: those ``steps``, of so many along a cosine.
 
     Until no row of a whole round, told in its own or in other words, had a loss of ``stop_below`` or more.
     """
@@ -147,13 +164,13 @@ def _go(
     found: list[float] = []
 
     def plan(step: int) -> Planned | None:
-        if step == steps:
+        if step == len(steps):
             return None
         stretch = walk.next(config.batch_size, trainer.generator)
         visited.append(stretch)
         return Planned(
             trainer.lesson([rows[i] for i in stretch.rows], known=known),
-            rate=0.5 * (1 + math.cos(math.pi * step / steps)),
+            rate=0.5 * (1 + math.cos(math.pi * steps[step] / of)),
             watched=len(stretch.rows),
             first=stretch.first,
             last=stretch.last,
@@ -166,7 +183,7 @@ def _go(
         found.extend(losses)
         curve.steps += 1
         if on_step:
-            on_step(curve.steps, steps, sum(found) / len(found))
+            on_step(curve.steps, len(steps), sum(found) / len(found))
         if stretch.last:
             curve.losses.append(sum(found) / len(found))
             curve.converged = max(found) < config.stop_below

@@ -108,7 +108,7 @@ def memory(results: Results) -> Picture:
     figure = new_figure()
     axes = figure.add_subplot()
     said = []
-    for where, colour, marker in (("process", INK, "o"), ("gpu", MEASURE_COLOURS["generality"], "s")):
+    for where, colour, marker in _MEMORIES:
         known = [(p.edits, value / 2**20) for p in points if (value := getattr(p.memory, where)) is not None]
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, marker=marker, linewidth=1.6, label=_WHERE[where])
@@ -121,7 +121,12 @@ def memory(results: Results) -> Picture:
     return Picture(name, title, f"Memory in use: {'; '.join(said)}.", figure)
 
 
-_WHERE = {"process": "process", "gpu": "GPU"}
+_WHERE = {"process": "process", "gpu": "GPU", "remembered": "of that the engine's memory of texts"}
+_MEMORIES = (
+    ("process", INK, "o"),
+    ("gpu", MEASURE_COLOURS["generality"], "s"),
+    ("remembered", MEASURE_COLOURS["locality"], "^"),
+)
 
 
 def _change(points: Sequence[RetentionPoint], where: str) -> str:

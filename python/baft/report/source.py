@@ -57,6 +57,7 @@ class Metrics(_Read):
 class _Memory(_Read):
     process: int | None = None
     gpu: int | None = None
+    remembered: int | None = None
 
 
 class _General(_Read):
@@ -87,6 +88,11 @@ class _PeakMemory(_Read):
 class _Timing(_Read):
     seconds_per_edit: float | None = None
     total_seconds: float | None = None
+    settling_seconds: float = 0.0
+
+
+class _Round(_Read):
+    losses: list[float | None]
 
 
 class Results(_Read):
@@ -111,6 +117,7 @@ class Results(_Read):
     metrics: _Moments
     retention: list[RetentionPoint]
     timing: _Timing
+    settling: list[_Round] = []
     memory: _PeakMemory = _PeakMemory()
 
     @property

@@ -54,11 +54,18 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Backend": results.backend,
         "Time": timing.total_seconds and f"{duration(timing.total_seconds)} in all",
         "Time per edit": timing.seconds_per_edit and f"{timing.seconds_per_edit:.2f} s",
+        "Settling": _settling(results),
         "Memory at most": _memory(results),
         "Parameters per edit": results.memory.bytes_per_edit and size(results.memory.bytes_per_edit),
         "Versions": ", ".join(f"{name} {number}" for name, number in results.versions.items() if number),
     }
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def _settling(results: Results) -> str | None:
+    rounds = len(results.settling)
+    said = f"{rounds} round{'s' if rounds != 1 else ''} over all edits, {duration(results.timing.settling_seconds)}"
+    return said if rounds else None
 
 
 def _memory(results: Results) -> str | None:

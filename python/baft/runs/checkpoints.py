@@ -1,7 +1,9 @@
 """An editor's state on disk, now and then: where a run goes on, and how it gets back to an earlier request.
 
-    checkpoints/000000120/checkpoint.json      how many edits it holds, and what its other file must be like
-    checkpoints/000000120/state.safetensors    ``editor.state()``
+    checkpoints/000000120/checkpoint.json      what its other file must be like
+    checkpoints/000000120/state.safetensors    ``editor.state()`` after 120 edits
+
+Those of a run's settling rounds are counted on behind its last edit.
 
 A checkpoint appears whole or not at all. Between two of them nothing is lost: editing again from the earlier one gives
 the same bits.
@@ -25,7 +27,7 @@ from torch import Tensor
 __all__ = ["Checkpoint", "Checkpoints", "kept"]
 
 STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 
 # Writing takes about a hundredth of the run.
 _WORK_PER_WRITE = 100
@@ -33,9 +35,14 @@ _WORK_PER_WRITE = 100
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state of the editor, after so many edits."""
+    """A state of the editor.
 
-    edits: int
+    Attributes:
+        done: after so many edits and settling rounds.
+        state: the editor's.
+    """
+
+    done: int
     state: dict[str, Tensor]
 
 
@@ -44,7 +51,7 @@ class Checkpoints:
 
     Args:
         folder: where they are.
-        every: edits between two; None writes them as often as costs next to nothing.
+        every: edits, or rounds, between two; None writes them as often as costs next to nothing.
 
     Attributes:
         damaged: what was found damaged, in words.
@@ -57,23 +64,23 @@ class Checkpoints:
             for path in folder.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._every = every
-        self._last_edits = max(self.counts(), default=0)
+        self._last_done = max(self.counts(), default=0)
         self._last_written = time.monotonic()
         self._cost = 0.0
 
     def counts(self) -> list[int]:
-        """After how many edits there is one, in order."""
+        """After how many edits and rounds there is one, in order."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
-    def due(self, edits: int) -> bool:
-        """Whether it is time to write one, after so many edits."""
+    def due(self, done: int) -> bool:
+        """Whether it is time to write one, after so many edits and rounds."""
         if self._every is not None:
-            return edits - self._last_edits >= self._every
+            return done - self._last_done >= self._every
         return time.monotonic() - self._last_written >= _WORK_PER_WRITE * self._cost
 
-    def write(self, edits: int, state: Mapping[str, Tensor]) -> None:
+    def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Write one, and remove those that are too many.
 
         Raises:
@@ -81,14 +88,14 @@ class Checkpoints:
         """
         began = time.monotonic()
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-        description = {"format": FORMAT, "edits": edits, "sha256": hashlib.sha256(content).hexdigest()}
+        description = {"format": FORMAT, "done": done, "sha256": hashlib.sha256(content).hexdigest()}
         self.folder.mkdir(exist_ok=True)
-        beside = self.folder / f".{edits}.{os.getpid()}"
+        beside = self.folder / f".{done}.{os.getpid()}"
         try:
             beside.mkdir()
             _write_through(beside / STATE, content)
             _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
-            place = self._place(edits)
+            place = self._place(done)
             shutil.rmtree(place, ignore_errors=True)
             beside.rename(place)
             _sync_folder(self.folder)
@@ -97,37 +104,37 @@ class Checkpoints:
         counts = self.counts()
         for count in set(counts) - kept(counts):
             shutil.rmtree(self._place(count))
-        self._last_edits = edits
+        self._last_done = done
         self._last_written = time.monotonic()
         self._cost = self._last_written - began
 
     def newest(self, at_most: int) -> Checkpoint | None:
-        """The newest whole one of no more than ``at_most`` edits; newer ones that are damaged are removed, and named in
-        ``damaged``."""
-        for edits in reversed([count for count in self.counts() if count <= at_most]):
+        """The newest whole one of no more than ``at_most`` edits and rounds; newer ones that are damaged are removed,
+        and named in ``damaged``."""
+        for done in reversed([count for count in self.counts() if count <= at_most]):
             try:
-                return Checkpoint(edits, self._read(edits))
+                return Checkpoint(done, self._read(done))
             except ValueError as error:
                 self.damaged.append(str(error))
-                shutil.rmtree(self._place(edits))
+                shutil.rmtree(self._place(done))
         return None
 
-    def cut(self, edits: int) -> None:
-        """Remove those of more than ``edits`` edits."""
+    def cut(self, done: int) -> None:
+        """Remove those of more."""
         for count in self.counts():
-            if count > edits:
+            if count > done:
                 shutil.rmtree(self._place(count))
-        self._last_edits = min(self._last_edits, edits)
+        self._last_done = min(self._last_done, done)
 
-    def _place(self, edits: int) -> Path:
-        return self.folder / f"{edits:09d}"
+    def _place(self, done: int) -> Path:
+        return self.folder / f"{done:09d}"
 
-    def _read(self, edits: int) -> dict[str, Tensor]:
-        place = self._place(edits)
+    def _read(self, done: int) -> dict[str, Tensor]:
+        place = self._place(done)
         try:
             description = json.loads((place / DESCRIPTION).read_text())
             content = (place / STATE).read_bytes()
-            wanted = {"format": FORMAT, "edits": edits, "sha256": hashlib.sha256(content).hexdigest()}
+            wanted = {"format": FORMAT, "done": done, "sha256": hashlib.sha256(content).hexdigest()}
             if description != wanted:
                 raise ValueError(f"expected {description}, got {wanted}")
             return load(content)

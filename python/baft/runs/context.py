@@ -61,9 +61,9 @@ class RunContext:
     def at(self, positions: Sequence[int]) -> list[EditRequest]:
         return [self.requests[position] for position in positions]
 
-    def checkpoint(self, edits: int) -> Checkpoint | None:
-        """The newest one of no more than so many edits."""
-        return self.world.first_ones(self.checkpoints.newest(edits) if self.checkpoints and edits else None)
+    def checkpoint(self, done: int) -> Checkpoint | None:
+        """The newest one of no more than so many edits and settling rounds."""
+        return self.world.first_ones(self.checkpoints.newest(done) if self.checkpoints and done else None)
 
     def say(self, text: str) -> None:
         """Say something aloud, and keep it."""

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from baft.distributed import World
+from baft.engine.schedule import Curve
 from baft.evaluation.base_answers import Forced
 from baft.evaluation.probes import ProbeResult
 from baft.requests import EditRequest
@@ -40,6 +41,7 @@ CREATE TABLE IF NOT EXISTS base_forced (
     prompt TEXT NOT NULL, answer TEXT NOT NULL, forced TEXT NOT NULL, PRIMARY KEY (prompt, answer)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS retention (edits INTEGER PRIMARY KEY, point TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS settling (round INTEGER PRIMARY KEY, training TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS description (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
@@ -109,6 +111,10 @@ class Journal:
 
     def _tables(self) -> list[str]:
         return [name for (name,) in self._rows("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+
+    def _has(self, table: str) -> bool:
+        """Whether there is such a table; one that is only read may lack what is newer than it."""
+        return table in self._tables()
 
     def close(self) -> None:
         self._connection.close()
@@ -267,6 +273,23 @@ class Journal:
             connection.execute("DELETE FROM edits WHERE position >= ?", (position,))
             connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))
             connection.execute("DELETE FROM retention WHERE edits > ?", (left,))
+            connection.execute("DELETE FROM settling")
+
+    # -- settling rounds --------------------------------------------------------------------------------------------
+
+    def add_settling(self, curve: Curve) -> None:
+        """Write down how the next of the settling rounds trained."""
+        with self._transaction() as connection:
+            row = (len(self.settling()), json.dumps(curve_as_json(curve)))
+            connection.execute("INSERT INTO settling VALUES (?, ?)", row)
+
+    def settling(self) -> list[Curve]:
+        """The settling rounds that are done."""
+        if not self._has("settling"):  # an older version's
+            return []
+        return [
+            curve_from_json(json.loads(text)) for (text,) in self._rows("SELECT training FROM settling ORDER BY round")
+        ]
 
     # -- retention -------------------------------------------------------------------------------------------------
 
@@ -307,8 +330,7 @@ class Journal:
         Raises:
             ValueError: if it was told nothing: the run hasn't begun, or an older version began it.
         """
-        tables = "SELECT 1 FROM sqlite_schema WHERE name = 'description'"
-        text = self._one("SELECT text FROM description") if self._one(tables) else None
+        text = self._one("SELECT text FROM description") if self._has("description") else None
         if text is None:
             raise ValueError(
                 f"{self.path}: expected a run that has begun, got one that hasn't, or that an older version began: "

@@ -13,7 +13,7 @@ from baft.runs.folder import EDITS, RESULTS
 __all__ = ["outcome"]
 
 # Of results.json what doesn't tell of time, memory or machine.
-_FOUND = ("edits", "metrics", "fluency", "training", "conflicts", "dropped")
+_FOUND = ("edits", "metrics", "fluency", "training", "settling", "conflicts", "dropped")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -27,6 +27,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / RESULTS).read_text("utf-8"))
     for point in results["retention"]:
         del point["seconds"], point["memory"]
+    for curve in results["settling"]:
+        del curve["seconds"]
     tensors = {
         f"{file.stem}.{name}": (str(tensor.dtype), tensor.shape, tensor.tobytes())
         for file in sorted((folder / "adapter").glob("*.safetensors"))

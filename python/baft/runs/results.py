@@ -14,6 +14,7 @@ from baft.runs.conflicts import superseded
 from baft.runs.context import RunContext
 from baft.runs.environment import peak_memory_bytes, versions
 from baft.runs.journal import Journal
+from baft.runs.records import curve_as_json
 from baft.runs.retention import sample
 from baft_kernels.backends import resolve_backend
 
@@ -44,7 +45,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
         ValueError: if it has no edit yet.
     """
     known, totals = journal.description(), journal.totals()
-    edits, sessions = totals["edits"], journal.sessions()
+    edits, sessions, settling = totals["edits"], journal.sessions(), journal.settling()
     if not edits:
         raise ValueError(f"{journal.path}: expected a run with edits, got one that has none yet")
     # What a later request contradicts can't hold at the end.
@@ -65,9 +66,11 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
             "editing_seconds": totals["seconds"],
             "total_seconds": sum(session["seconds"] for session in sessions),
             "steps": totals["steps"],
+            "settling_seconds": sum(curve.seconds for curve in settling),
         },
         "dropped": sorted(journal.dropped()),
         "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
+        "settling": [curve_as_json(curve) for curve in settling],
         "sessions": sessions,
     }
 

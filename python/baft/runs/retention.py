@@ -67,7 +67,7 @@ class Retention:
             "general": self._general(editor),
             "gates": {str(layer): shares.tolist() for layer, shares in usage.items()} or None,
             "seconds": seconds,
-            "memory": peak_memory_bytes(),
+            "memory": {**peak_memory_bytes(), "remembered": editor.engine_report().get("remembered_bytes")},
         }
 
     def _general(self, editor: Editor) -> dict[str, float] | None:

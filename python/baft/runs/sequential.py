@@ -2,7 +2,7 @@
 
 What is on the disk is the journal, up to the last edit, and the editor's state of some edits ago. Going on, the edits
 in between are made again. All that an edit depends on is in the state, so that the same bits come out; the journal's
-losses tell whether they did.
+losses tell whether they did. So it is with the settling rounds that follow the last edit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 
+from baft.editing import Settling
 from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.runs.context import RunContext, in_groups
@@ -36,6 +37,8 @@ class SequentialRun:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._diverged_in_a_row = 0
+        # How many settling rounds the editor's state has had.
+        self._settled = 0
         # Of the edits that this process made: how many, how many were answered rightly at once, and since when.
         self._made = self._right = 0
         self._began = time.perf_counter()
@@ -46,12 +49,12 @@ class SequentialRun:
         """Bring the editor to where the journal ends; returns how many edits that took to make again."""
         context, journal = self._context, self._context.journal
         done, diverged = journal.positions(), journal.diverged()
-        known = context.checkpoint(len(done))
+        known = context.checkpoint(len(done) + len(journal.settling()))
         for damage in context.checkpoints.damaged if context.checkpoints else ():
-            context.say(f"{damage}; going on from {known.edits if known else 'no'} edits")
+            context.say(f"{damage}; going on from {min(known.done, len(done)) if known else 'no'} edits")
         edits = 0
         if known:
-            edits = known.edits
+            edits, self._settled = min(known.done, len(done)), max(known.done - len(done), 0)
             context.editor.load_state(known.state)
             context.editor.edits = context.at([p for p in done[:edits] if p not in diverged])
         again = done[edits:]
@@ -59,18 +62,21 @@ class SequentialRun:
             context.watcher.stage("going on: the edits since the checkpoint", len(again))
         for record in journal.records(again[0], measures=False) if again else ():
             curve, _ = self._train(record.index)
-            if not _alike(curve.losses, record.curve.losses):
-                context.say(
-                    f"edit {record.index} came out otherwise than before, with losses {curve.losses} instead of "
-                    f"{record.curve.losses}: the earlier process had another machine, or another number of threads"
-                )
+            self._compare(f"edit {record.index}", curve, record.curve)
             context.watcher.advance()
         return len(again)
+
+    def _compare(self, what: str, curve: Curve, earlier: Curve) -> None:
+        if not _alike(curve.losses, earlier.losses):
+            self._context.say(
+                f"{what} came out otherwise than before, with losses {curve.losses} instead of {earlier.losses}: "
+                "the earlier process had another machine, or another number of threads"
+            )
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
     def edit(self, up_to: int | None = None) -> None:
-        """Edit what is left.
+        """Edit what is left, and settle when nothing is.
 
         Args:
             up_to: how many requests shall be done in the end; by default all, with a look back at them.
@@ -80,7 +86,8 @@ class SequentialRun:
             OSError: if something can't be written; what was written before is kept.
         """
         context = self._context
-        order = context.order()[:up_to]
+        everything = context.order()
+        order = everything[:up_to]
         done = len(context.journal.positions())
         context.watcher.stage("editing", len(order), done)
         self._began = time.perf_counter()
@@ -93,9 +100,12 @@ class SequentialRun:
             context.journal.add(record)
             self._save(number + 1)
             self._tell(record, number + 1)
+        if not self._settled:
+            self._save(len(order), last=True)
+        if order == everything:
+            self._settle(len(order))
         if up_to is None:
             self._look_back(order, len(order), last=True)
-        self._save(len(order), last=True)
 
     def _edit(self, position: int) -> EditRecord:
         context, request = self._context, self._context.requests[position]
@@ -130,6 +140,38 @@ class SequentialRun:
         self._diverged_in_a_row = 0
         return outcome.curve, steps
 
+    def _settle(self, edits: int) -> None:
+        """The settling rounds, if this method has any: those that the editor's state hasn't had."""
+        context, editor = self._context, self._context.editor
+        if not isinstance(editor, Settling):
+            return
+        known = context.journal.settling()
+        if self._settled == len(known) and known and (known[-1].converged or known[-1].diverged):
+            return
+        before = editor.state()
+
+        def note(curve: Curve) -> None:
+            nonlocal before
+            if self._settled < len(known):
+                self._compare(f"settling round {self._settled + 1}", curve, known[self._settled])
+            else:
+                context.journal.add_settling(curve)
+            self._settled += 1
+            self._save(edits + self._settled)
+            before = editor.state()
+            context.watcher.advance(f"loss {curve.losses[-1]:.3f}")
+
+        rounds = editor.config.settling_rounds
+        if self._settled < rounds:
+            context.watcher.stage("settling: all edits once more", rounds, self._settled)
+        try:
+            editor.settle(done=self._settled, on_round=note)
+        except DivergedError as error:
+            editor.load_state(before)
+            context.say(f"settling ended, the edits being as they were before its last round: {error}")
+            note(Curve([math.nan], diverged=True))
+        self._save(edits + self._settled, last=True)
+
     def _look_back(self, order: Sequence[int], done: int, *, last: bool = False) -> None:
         """Measure what was edited earlier, if it is time to and it hasn't been done."""
         context = self._context
@@ -145,11 +187,11 @@ class SequentialRun:
         if context.log:
             context.log.log(done, {f"retained {measure}": value for measure, value in measures.items()})
 
-    def _save(self, edits: int, *, last: bool = False) -> None:
+    def _save(self, done: int, *, last: bool = False) -> None:
         checkpoints = self._context.checkpoints
-        if checkpoints and (last or checkpoints.due(edits)) and edits not in checkpoints.counts():
+        if checkpoints and (last or checkpoints.due(done)) and done not in checkpoints.counts():
             began = time.perf_counter()
-            checkpoints.write(edits, self._context.editor.state())
+            checkpoints.write(done, self._context.editor.state())
             self._context.journal.charge(time.perf_counter() - began)
 
     def _tell(self, record: EditRecord, edits: int) -> None:

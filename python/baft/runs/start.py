@@ -35,6 +35,7 @@ class RunWords(BaseModel):
         config: all fields of ``BaftConfig``, the defaults too, so that later defaults don't change the run.
         edits: how many requests; None is all.
         slots: single edits trained at a time.
+        remember: MiB that the engine may remember texts in; None is the default of ``EngineOptions``.
         device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
         measure_every, retained, final, checkpoint_every: see ``RunPlan``.
@@ -50,6 +51,7 @@ class RunWords(BaseModel):
     config: BaftConfig
     edits: int | None = None
     slots: int | None = None
+    remember: int | None = None
     device_map: str | None = None
     tensor_parallel: bool = False
     quantise: str | None = None
@@ -95,8 +97,9 @@ def start(
             on_training=on_training,
         )
     # Options of the engine for a method that has none of it are refused, not passed over.
-    asked = METHODS[words.method].options is EngineOptions or words.slots is not None or world.size > 1
-    options = EngineOptions(slots=words.slots, world=world) if asked else None
+    memory = EngineOptions.memory if words.remember is None else words.remember << 20
+    asked = METHODS[words.method].options is EngineOptions or words.slots or words.remember or world.size > 1
+    options = EngineOptions(slots=words.slots, memory=memory, world=world) if asked else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     identity = identify(
         method=editor.name,

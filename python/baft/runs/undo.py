@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baft.runs.checkpoints import Checkpoints
 from baft.runs.context import RunContext
@@ -21,7 +21,7 @@ class Cost:
         kept: edits before the first that is taken back.
         checkpoint: edits in the checkpoint that it starts from.
         edits: edits to be made again.
-        seconds: what they took.
+        seconds: what they took, and where the run is closed again the settling rounds too.
     """
 
     kept: int
@@ -45,7 +45,8 @@ def cost_of_drop(journal: Journal, checkpoints: Checkpoints, position: int) -> C
     Raises:
         ValueError: if no such request has been edited.
     """
-    return _cost(journal, checkpoints, position, after=[p for p in journal.positions() if p > position])
+    cost = _cost(journal, checkpoints, position, after=[p for p in journal.positions() if p > position])
+    return replace(cost, seconds=cost.seconds + sum(curve.seconds for curve in journal.settling()))
 
 
 def roll_back(context: RunContext, folder: RunFolder, position: int) -> None:
