@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no consolidation": {"consolidate_every": 0},
     "a quarter of the consolidation": {"consolidation_steps": BaftConfig().consolidation_steps // 4},
+    "no settling": {"settling_rounds": 0},
     "no retellings": {"retellings": 0},
     "nothing about the subjects": {"subject_texts": 0},
     "no rehearsal": {"rehearsal": 0},

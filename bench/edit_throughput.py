@@ -5,10 +5,11 @@
     python bench/edit_throughput.py --model cf600 --dataset counterfact_3k.json      a testbed of `baft testbed`
     python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
 
-Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: the defaults, with 48
-unrelated texts at each step whose predictions shall stay; there most of the time goes to matrix products that any
-implementation must do. Variants take turns, and seconds are medians over rounds. "Plain" is bench/plain_editing.py.
-Results go to bench/results/ as JSON, Markdown and a picture.
+Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
+each step, whose predictions shall stay. What the model says of the subject is in neither, as a plain editor wouldn't
+ask. The last table has the operations of a step's matrix products, and how long these take alone. Variants take turns,
+and seconds are medians over rounds. "Plain" is bench/plain_editing.py. Results go to bench/results/ as JSON, Markdown
+and a picture.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
 
 import torch  # noqa: E402  # after the folders of this checkout are known
 from plain_editing import PlainEditor, Text, generate_one_by_one  # noqa: E402
+from products import recorded_products  # noqa: E402
 from report import RESULTS, markdown, provenance  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from shapes import SHAPES, build  # noqa: E402
 from stopwatch import SECTIONS, Stopwatch  # noqa: E402
+from throughput_pictures import draw_curve, draw_parts  # noqa: E402
 
 from baft import BaftConfig, BaftEditor, EditRequest  # noqa: E402
 from baft.engine.encoding import Encoded  # noqa: E402
@@ -47,7 +50,7 @@ from baft.runs.inputs import load_assignment, load_model  # noqa: E402
 from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
 
 TASKS: dict[str, dict[str, Any]] = {
-    "edit": {"locality_weight": 0.0, "rehearsal": 0},
+    "edit": {"locality_weight": 0.0, "rehearsal": 0, "subject_texts": 0},
     "edit + locality": {"subject_texts": 0},
 }
 OURS = "ours"
@@ -145,6 +148,22 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
             raw.append({"sections": variant, "task": task, "seconds": seconds})
             total = sum(seconds.values())
             shares.append([task, variant, *(f"{seconds.get(name, 0.0) / total:.0%}" for name in SECTIONS)])
+    bound = [["task", "variant", "GFLOP a step", "ms of the products alone", "ms a step, single edits", "share"]]
+    for task in options.tasks:
+        steps = {r["variant"]: r["seconds_per_step"] for r in raw if (r.get("mode"), r.get("task")) == ("single", task)}
+        for variant, found in product_bound(subject, task, options).items():
+            raw.append({"products": variant, "task": task, **found})
+            whole = steps.get(variant)
+            bound.append(
+                [
+                    task,
+                    variant,
+                    f"{found['operations'] / 1e9:.2f}",
+                    f"{found['seconds'] * 1e3:.1f}",
+                    "" if whole is None else f"{whole * 1e3:.1f}",
+                    "" if whole is None else f"{found['seconds'] / whole:.0%}",
+                ]
+            )
     asked = ""
     if not subject.overrides:
         answers = compare_asking(subject, options)
@@ -156,12 +175,15 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
         )
     show(rows, console)
     show(shares, console)
+    show(bound, console)
     console.print(asked, end="")
     about = {**provenance(subject.model.device), "subject": subject.name, "overrides": subject.overrides}
     name = f"edit_throughput_{subject.name}_{subject.model.device.type}"
     (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text("\n".join([markdown(rows, about), markdown(shares, about), asked]))
-    draw_parts(raw, options.out / f"{name}.png", subject)
+    (options.out / f"{name}.md").write_text(
+        "\n".join([*(markdown(table, about) for table in (rows, shares, bound)), asked])
+    )
+    draw_parts(raw, options.out / f"{name}.png", subject.name)
     console.print(f"Saved: {options.out / name}.md and .png")
 
 
@@ -294,6 +316,37 @@ def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[s
     return found
 
 
+# -- what matrix products alone take -----------------------------------------------------------------------------------
+
+
+def product_bound(subject: Subject, task: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of a step of a single edit, plain and ours: operations of its matrix products, and seconds of these alone.
+
+    What ours does once for each text, however many steps there are, is left out, as it was done by an edit before.
+    """
+    found = {}
+    with plain_editor(subject, task) as (plain, draw_for):
+        plain.edit(draw_for(0, [])[0])
+        plain.restart()
+        with recorded_products() as products:
+            steps = plain.edit(draw_for(0, [])[0])[0]
+        found["plain"] = {"operations": products.operations / steps, "seconds": products.seconds() / steps}
+    editor = subject.editor(task, EngineOptions())
+    with removed(editor):
+        requests = subject.requests[: options.requests]
+        list(editor.edit_each(requests))
+        taken = 0
+
+        def stepped(*_: object) -> None:
+            nonlocal taken
+            taken += 1
+
+        with recorded_products() as products:
+            list(editor.edit_each(requests, on_step=stepped))
+        found[OURS] = {"operations": products.operations / taken, "seconds": products.seconds() / taken}
+    return found
+
+
 # -- asking ------------------------------------------------------------------------------------------------------------
 
 
@@ -354,43 +407,8 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
     name = f"edit_throughput_slots_{subject.name}_{subject.model.device.type}"
     (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
     (options.out / f"{name}.md").write_text(markdown(rows, about))
-    draw_curve(raw, options.out / f"{name}.png", subject)
+    draw_curve(raw, options.out / f"{name}.png", subject.name)
     console.print(f"Saved: {options.out / name}.md")
-
-
-def draw_parts(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:
-    """Bars: how many times as fast as plain editing each variant is."""
-    from matplotlib.figure import Figure
-
-    lines = [line for line in raw if "times_plain" in line and line["variant"] != "plain"]
-    panels = list(dict.fromkeys((line["mode"], line["task"]) for line in lines))
-    figure = Figure(figsize=(4 * len(panels), 2.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        shown = [line for line in lines if (line["mode"], line["task"]) == panel][::-1]
-        bars = axes.barh([line["variant"] for line in shown], [line["times_plain"] for line in shown])
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.margins(x=0.25)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set(title=", ".join(panel), xlabel="times as fast as plain editing")
-    figure.suptitle(subject.name)
-    figure.savefig(path, dpi=150)
-
-
-def draw_curve(raw: list[dict[str, Any]], path: Path, subject: Subject) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for task in dict.fromkeys(line["task"] for line in raw):
-        lines = [line for line in raw if line["task"] == task]
-        axes.plot([line["slots"] for line in lines], [1 / line["seconds_per_edit"] for line in lines], "o-", label=task)
-    axes.set(xscale="log", xlabel="single edits abreast", ylabel="edits a second", title=f"{subject.name}")
-    axes.set_xticks([line["slots"] for line in raw], [str(line["slots"]) for line in raw])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

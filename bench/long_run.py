@@ -26,6 +26,7 @@ from rich.console import Console as Terminal
 from baft.config import BaftConfig
 from baft.console import Console
 from baft.datasets.factworld import WORLDS
+from baft.evaluation.matching import matches
 from baft.report import write_report
 from baft.runs.folder import RunFolder
 from baft.runs.inputs import load_config
@@ -62,7 +63,8 @@ def main() -> None:
         edits=options.edits,
         measure_every=options.measure_every,
     )
-    run(words, folder)
+    if not (folder / "results.json").exists():
+        run(words, folder)
     about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     changed = {k: v for k, v in words.config.model_dump(mode="json").items() if v != getattr(BaftConfig(), k)}
     rows = figures(folder)
@@ -117,6 +119,7 @@ def figures(folder: Path) -> dict[str, float]:
     return {
         **found,
         **_beyond_retellings(folder / "journal.sqlite"),
+        **_known_rephrasings(folder / "journal.sqlite"),
         **({"perplexity of held-out texts, unedited": general["before"]} if general else {}),
         **({"perplexity of held-out texts, at the end": general["perplexity"]} if general else {}),
         f"seconds an edit, edits 1 to {stretch}": fmean(seconds[:stretch]),
@@ -124,6 +127,7 @@ def figures(folder: Path) -> dict[str, float]:
         "ratio of the two": _ratio(seconds, stretch),
         "ratio of the steps": _ratio(steps, stretch),
         "seconds an edit, all": fmean(seconds),
+        "seconds of settling, an edit": results["timing"]["settling_seconds"] / len(seconds),
         "share of journal and checkpoints": sum(s["bookkeeping_seconds"] for s in results["sessions"]) / whole,
         f"MiB at most, up to edit {early}": memory[early],
         "MiB at most, at the end": memory[max(memory)],
@@ -142,6 +146,18 @@ def _beyond_retellings(journal: Path) -> dict[str, float]:
         and not (record.request.subject and result.question.prompt.startswith(record.request.subject))
     ]
     return {"final generality, of rephrasings that don't begin with the subject": fmean(right)} if right else {}
+
+
+def _known_rephrasings(journal: Path) -> dict[str, float]:
+    """What generality can hope for: where a model doesn't recognise its own fact, it won't the new one."""
+    known = [
+        matches(result.before, record.request.ground_truth)
+        for record in Journal(journal, read_only=True).records()
+        for result in record.final
+        if result.question.measure == "generality" and record.request.ground_truth
+    ]
+    name = "rephrasings that the unedited model answers with the old fact"
+    return {name: sum(known) / len(known)} if known else {}
 
 
 def _ratio(values: Sequence[float], stretch: int) -> float:

@@ -16,6 +16,7 @@ import pytest
 
 from baft.cli import main
 from baft.datasets.factworld import FactWorld
+from baft.runs.start import RunWords, start
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +126,26 @@ def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, A
     assert (again / "edits.jsonl").read_bytes() == (out / "edits.jsonl").read_bytes()
 
 
+def test_how_much_is_remembered_is_passed_on(
+    sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose memory ran out goes on with less."""
+    out, _ = sequential_run
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    given: list[int | None] = []
+
+    def note(words: RunWords, *_: object, **__: object) -> None:
+        given.append(words.remember)
+        assert start(words, None).editor._options.memory == (words.remember or 2048) << 20  # type: ignore[attr-defined]
+        raise ValueError("that is all")
+
+    monkeypatch.setattr("baft.runs.start.start", note)
+    for option in ((), ("--remember", 3)):
+        done = baft("run", "--resume", "--out", again, *option)
+        assert done.returncode == 2 and "that is all" in done.stderr
+    assert given == [None, 3]
+
+
 def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, _ = sequential_run
     done = baft("run", "--resume", "--out", out, "--mode", "batch")
@@ -207,6 +228,8 @@ def test_a_baseline_runs_by_its_name(testbed: Path, dataset: Path, tmp_path: Pat
     assert results["metrics"]["final"]["locality"]["generation"] == 1.0
     # What only BaFT's engine knows is refused.
     done = baft("run", *arguments, "--out", tmp_path / "other", "--method", "lora", "--slots", 2)
+    assert done.returncode == 2 and "options: expected LoraOptions for lora" in done.stderr
+    done = baft("run", *arguments, "--out", tmp_path / "other", "--method", "lora", "--remember", 9)
     assert done.returncode == 2 and "options: expected LoraOptions for lora" in done.stderr
 
 

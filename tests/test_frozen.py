@@ -195,6 +195,32 @@ def test_no_more_memory_is_held_than_the_budget_says() -> None:
         assert memory.passes.report()["remembered_bytes"] == memory.states.nbytes <= budget
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_could_not_be_written_is_not_known(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out while a buffer grows; single edits then go on with fewer abreast."""
+    expected, memory = Memory().of(EDITS), Memory()
+    memory.of(EDITS[:1])
+    buffer = (memory.states._prefixes, memory.states._head_inputs)[which]
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(buffer, "put", refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            memory.of(EDITS)
+    assert_same(memory.of(EDITS), expected)
+
+
+def test_what_one_large_step_needed_is_given_back() -> None:
+    long = [Encoded((first, *range(3, 63)), 61) for first in range(20, 24)]
+    memory = Memory(memory=rows_of(61))
+    memory.of(long)
+    assert memory.states.nbytes == rows_of(4 * 61)
+    memory.of(EDITS[:1])
+    assert memory.states.nbytes <= rows_of(61)
+
+
 # -- changed weights --
 
 

@@ -18,7 +18,7 @@ from baft.report.digest import choose, digest
 from baft.report.gates import gates
 from baft.report.packing import pack
 from baft.report.source import EditLine, Results, read_run
-from baft.report.words import duration, labels, percent, size
+from baft.report.words import duration, facts, labels, percent, size
 
 HOSTILE = """</script><script>document.title = "taken"</script><img src=x onerror=alert(1)> & "q" 'a' \u2028 é"""
 
@@ -87,6 +87,19 @@ def test_what_runs_did_not_record_before_is_no_data() -> None:
     for picture in (curves.general(read), curves.memory(read), gates(read)):
         assert picture.figure is None and picture.words.startswith("No data")
     assert curves.retention(read).figure and curves.seconds(read, [1.0, 2.0]).figure
+
+
+def test_settling_and_what_is_remembered_of_texts_are_told() -> None:
+    rounds = [{"losses": [0.2], "diverged": False}] * 2 + [{"losses": [None], "diverged": True}]
+    made = results(10, settling=rounds)
+    made["timing"]["settling_seconds"] = 90.0
+    made["retention"][-1]["settled"] = 3
+    made["retention"][-1]["memory"]["remembered"] = 2**20
+    read = Results.model_validate(made)
+    assert ("Settling", "2 rounds over all edits, 90 s") in facts(read)
+    assert "After 10 edits, settled:" in curves.retention(read).words
+    assert "memory of texts 1.0 MiB after 10 edits" in curves.memory(read).words
+    assert "Settling" not in dict(facts(Results.model_validate(results(10))))
 
 
 def _broken(kind: str, folder: Path) -> Path:

@@ -8,9 +8,10 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from baft.engine.surroundings import Surroundings
 from baft.evaluation.measures import summarise
 from baft.report import write_report
 from baft.report.source import EditLine, Metrics, RunSource, read_run
+from baft.runs.checkpoints import Checkpoints
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.outcome import outcome
@@ -171,16 +173,61 @@ def test_settling_that_goes_on_leaves_the_state_before_it_alone(whole: Path, tmp
     assert outcome(tmp_path) == outcome(whole)
 
 
-def test_settling_is_checked_against_the_journal(tmp_path: Path) -> None:
-    plan = RunPlan(checkpoint_every=100)
+@pytest.mark.parametrize("lost", [10, 12, 15])
+def test_a_round_whose_checkpoint_was_not_written_is_made_again(
+    lost: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Checkpoints.write
+
+    def fail(checkpoints: Checkpoints, done: int, state: Mapping[str, Tensor]) -> None:
+        if done == lost:
+            raise Broken
+        write(checkpoints, done, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "write", fail)
+        with pytest.raises(Broken):
+            run_in(tmp_path)
+    assert len(Journal(tmp_path / "journal.sqlite", read_only=True).settling()) == lost - 9
+    listener = Listener()
+    run_in(tmp_path, listener=listener)
+    assert outcome(tmp_path) == outcome(whole)
+    assert not any("otherwise" in said for said in listener.said)
+
+
+def test_a_run_that_has_settled_early_settles_no_further(tmp_path: Path) -> None:
+    changes = {"stop_below": 1e9}
+    run_in(tmp_path / "whole", **changes)
     with pytest.raises(Broken):
-        run_in(tmp_path, plan=plan, listener=break_off_after(12))
+        run_in(tmp_path / "broken", listener=break_off_after(10), **changes)  # nine edits and a round
+    run_in(tmp_path / "broken", **changes)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert [curve["converged"] for curve in outcome(tmp_path / "broken")["settling"]] == [True]
+
+
+def test_nothing_settles_where_no_round_is_wanted(tmp_path: Path) -> None:
+    run_in(tmp_path, settling_rounds=0)
+    assert outcome(tmp_path)["settling"] == []
+    editor = small_editor()
+    editor.edit(ASKED)
+    editor.save_pretrained(tmp_path / "expected")
+    for file in (tmp_path / "expected").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "adapter" / file.name).read_bytes()
+
+
+def test_settling_is_checked_against_the_journal(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Broken):
+        run_in(tmp_path, listener=break_off_after(12))
+    for path in (tmp_path / "checkpoints").iterdir():
+        if int(path.name) > 9:
+            shutil.rmtree(path)
     with sqlite3.connect(tmp_path / "journal.sqlite") as journal:
         journal.execute("UPDATE settling SET training = json_set(training, '$.losses[0]', 0.125) WHERE round = 1")
     listener = Listener()
-    run_in(tmp_path, plan=plan, listener=listener)
+    run_in(tmp_path, listener=listener)
     (said,) = (text for text in listener.said if "otherwise" in text)
     assert said.startswith("settling round 2 ") and "0.125" in said
+    assert outcome(tmp_path) == outcome(whole)  # what the journal has is of the rounds that the state has had
 
 
 @pytest.mark.parametrize("every", [1, 100])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from small_runs import ASKED, PLAN, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 
+from baft.engine.schedule import Curve
 from baft.runs.folder import RunFolder
 from baft.runs.outcome import outcome
 from baft.runs.run import RunPlan, open_context
@@ -69,6 +70,37 @@ def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
     run_in(done, plan=SPARSE)
     results = json.loads((done / "results.json").read_text())
     assert results["edits"] == results["requests"] == 8 and results["dropped"] == [5]
+
+
+def test_without_its_last_request_a_run_is_settled_and_looked_at_anew(done: Path, tmp_path: Path) -> None:
+    place = RunFolder(done)
+    settling = sum(curve.seconds for curve in place.journal.settling())
+    cost = cost_of_drop(place.journal, place.checkpoints(), 8)
+    assert cost.edits == 0 and cost.seconds == pytest.approx(settling) and settling > 0
+    drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 8)
+    place.close()
+    run_in(done, plan=SPARSE)
+    run_in(tmp_path / "without", requests=ASKED[:8], plan=SPARSE)
+    found, expected = outcome(done), outcome(tmp_path / "without")
+    assert (found["tensors"], found["settling"]) == (expected["tensors"], expected["settling"])
+    assert found["retention"] == expected["retention"]
+    assert [(point["edits"], point["settled"]) for point in found["retention"]] == [(1, 0), (4, 0), (8, 6)]
+
+
+def test_a_half_settled_run_rolls_back_to_edits_that_are_not_settled(tmp_path: Path) -> None:
+    run_in(tmp_path / "whole", plan=SPARSE)
+    place = RunFolder(tmp_path / "whole")
+    place.checkpoints().cut(11)
+    place.journal.cut(9)  # what is settled, and nothing else
+    for number in range(2):
+        place.journal.add_settling(number, Curve([0.5]))
+    roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 8)
+    assert place.journal.settling() == [] and place.checkpoints().counts() == [4, 8]
+    place.close()
+    before = small_editor()
+    before.edit(ASKED[:8])
+    before.save_pretrained(tmp_path / "before")
+    assert tensors(tmp_path / "whole" / "adapter") == tensors(tmp_path / "before")
 
 
 def test_what_was_never_edited_cannot_be_taken_back(done: Path) -> None:

@@ -21,8 +21,8 @@ class BaftConfig(BaseModel):
     The method's authors published no code, so each choice here is ours. The defaults were found by trials on 100
     FactWorld edits: in bench/results, ``factworld_editing_*.md`` has what they give, ``factworld_tuning_batch.md`` the
     grid of learning rates and locality weights, and ``factworld_ablations_batch.md`` what changing one of them does.
-    Those tables are older than ``subject_texts``, ``retellings``, ``locality_weight`` as it is now, and
-    ``consolidation_steps``; ``long_run_*`` have what these give, but for the bases and rates that are said there. What
+    Those tables are older than ``subject_texts``, ``retellings``, ``settling_rounds``, ``consolidation_steps``, and
+    ``locality_weight`` as it is now; ``long_run_*`` have what these give, with other settings that are said there. What
     ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they are off. No larger model was at
     hand: for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
 
@@ -78,7 +78,7 @@ class BaftConfig(BaseModel):
         grow_by: how many bases each time.
         max_rank: a rank beyond which nothing grows; None grows up to the model's width.
         growth_gate_bias: ``gate_bias`` of the gates of added bases.
-        batch_size: requests in a step of batch mode and of consolidation.
+        batch_size: requests in a step of batch mode, of consolidation and of settling.
         batch_passes: passes over all requests in batch mode, at most.
     """
 

@@ -179,7 +179,7 @@ class TrainedEditor(ABC):
         """Go through all that is edited in ``settling_rounds`` times more, at most: to be done after the last edit.
 
         What consolidates a sequence while it is edited has high learning rates again and again, and leaves the newest
-        edits best and others less so. Here the rates fall along one cosine, and all edits have the same share.
+        edits best and others less so. Here the rates fall along one cosine, and each round visits every edit once.
 
         Args:
             done: rounds that are done already, by an editor whose state this one was given.

@@ -99,7 +99,7 @@ def run(
         if resume:
             words = RunWords(**folder.started_with())
             _agree(words, model=model, dataset=dataset, mode=mode, edits=edits)
-            return words
+            return words if remember is None else words.model_copy(update={"remember": remember})
         if model is None or dataset is None or mode is None:
             raise ValueError(
                 "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)

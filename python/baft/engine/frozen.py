@@ -22,8 +22,8 @@ class FrozenStates:
 
     A text is always computed in the same company, so that what is remembered doesn't depend on what was asked for
     before: a run that was interrupted and resumed gets the same bits. When ``budget`` is used up what was computed
-    longest ago makes room, half of all at a time: memory grows up to there, and no further. Texts with company, which
-    are asked for all the time, stay, if they take no more than half of it.
+    longest ago makes room, half of all at a time; where that isn't enough for a single step, everything does. Texts
+    with company, which are asked for all the time, stay until then, if they take no more than half.
 
     Args:
         replay: runs the model.
@@ -46,9 +46,7 @@ class FrozenStates:
         self._lay_out = lay_out
         self._company = {text.ids: texts for texts in company for text in texts}
         self._budget = budget
-        self._places = self._no_places()
-        self._prefixes = _Rows()
-        self._head_inputs = _Rows()
+        self._forget()
         self._weights = self._versions()
 
     @property
@@ -89,14 +87,14 @@ class FrozenStates:
         weights = self._versions()
         changed = weights != self._weights
         if changed:
-            self._places = self._no_places()
-            self._prefixes = _Rows()  # the weights may have another dtype now
-            self._head_inputs = _Rows()
+            self._forget()
             self._weights = weights
         return changed
 
-    def _no_places(self) -> _Places:
-        return _Places({text: len(text) for text in self._company})
+    def _forget(self) -> None:
+        self._places = _Places({text: len(text) for text in self._company})
+        self._prefixes = _Rows()
+        self._head_inputs = _Rows()
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
@@ -104,10 +102,13 @@ class FrozenStates:
     def _know(self, texts: Sequence[Encoded]) -> None:
         missing = self._missing(texts)
         if not self._places.have_room(missing):
-            self._places.forget_older_half()
-            missing = self._missing(texts)  # some of ``texts`` may have been in it
+            if self._places.overfull:
+                self._forget()
+            else:
+                self._places.forget_older_half()
+            missing = self._missing(texts)  # some of ``texts`` may have been in what was forgotten
             if not self._places.have_room(missing):
-                self._places.forget()
+                self._forget()
                 missing = self._missing(texts)
         for group in missing:
             grid = self._lay_out(group)
@@ -118,9 +119,10 @@ class FrozenStates:
             for text, start in zip(group, grid.starts, strict=True):
                 if not self._places.knows(text.ids):
                     cells = slice(start, start + len(text.ids))
-                    place = self._places.add(text.ids)
+                    place = self._places.next(text.ids)
                     self._prefixes.put(place, prefix[cells], limit)
                     self._head_inputs.put(place, head_input[cells], limit)
+                    self._places.add(text.ids, place)  # when it is there: memory may have run out
 
     def _missing(self, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
         """Groups of texts to compute, so that all of ``texts`` are known."""
@@ -161,8 +163,8 @@ class _Places:
         if self._limit is None:
             self._limit = rows
             if self._first > rows // 2:
-                self._favoured, self._first = {}, 0
-            self.forget()
+                self._favoured, self._first, self._next = {}, 0, 0
+            self._end = rows
         return self._limit
 
     def knows(self, text: Tokens) -> bool:
@@ -171,20 +173,26 @@ class _Places:
     def start(self, text: Tokens) -> int:
         return self._starts[text] if text in self._starts else self._favoured_starts[text]
 
+    @property
+    def overfull(self) -> bool:
+        """Whether a step needed more than the limit."""
+        return self._limit is not None and self._next > self._limit
+
     def have_room(self, groups: Sequence[Sequence[Encoded]]) -> bool:
         """Whether so many more texts fit; where nothing is, there always is room."""
         tokens = sum(len(text.ids) for group in groups for text in group if text.ids not in self._favoured)
         return not tokens or not self._starts or self._end is None or self._next + tokens <= self._end
 
-    def add(self, text: Tokens) -> int:
+    def next(self, text: Tokens) -> int:
         """A place for a text."""
+        return self._next_favoured if text in self._favoured else self._next
+
+    def add(self, text: Tokens, start: int) -> None:
+        """Know a text that stands at the place that was the next."""
         if text in self._favoured:
-            start = self._favoured_starts[text] = self._next_favoured
-            self._next_favoured += len(text)
+            self._favoured_starts[text], self._next_favoured = start, start + len(text)
         else:
-            start = self._starts[text] = self._next
-            self._next += len(text)
-        return start
+            self._starts[text], self._next = start, start + len(text)
 
     def forget_older_half(self) -> None:
         """Go on in the half of the rows that was filled longer ago."""
@@ -196,11 +204,6 @@ class _Places:
         else:
             self._starts = {text: start for text, start in self._starts.items() if start < half}
             self._next, self._end = half, self._limit
-
-    def forget(self) -> None:
-        """Forget all but the favoured."""
-        self._starts.clear()
-        self._next, self._end = self._first, self._limit
 
 
 class _Rows:

@@ -36,7 +36,7 @@ def retention(results: Results) -> Picture:
     share_axis(axes)
     figure.legend(loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.2)
     last = ", ".join(f"{measure} {percent(points[-1].generation(measure))}" for measure in MEASURES)
-    when = after(points[-1].edits).capitalize()
+    when = after(points[-1].edits).capitalize() + (", settled" if points[-1].settled else "")
     words = f"All edits so far (or a sample), asked again by generation. {when}: {last}."
     return Picture(name, title, words, figure)
 

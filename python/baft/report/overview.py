@@ -60,7 +60,7 @@ def _draw_measures(axes: Axes, metrics: dict[str, Any]) -> None:
         else "measured "
         + {
             "immediate": "right after each edit",
-            "final": "after the last edit",
+            "final": "at the end",
         }[moments[0][0]]
     )
     axes.set_title(legend, fontsize=9)

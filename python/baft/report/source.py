@@ -69,6 +69,7 @@ class RetentionPoint(Metrics):
     """The measures of the edits so far, after ``edits`` of them, and what the run had cost by then."""
 
     edits: int
+    settled: int = 0
     general: _General | None = None
     gates: dict[str, list[float]] | None = None
     seconds: float | None = None
@@ -92,7 +93,7 @@ class _Timing(_Read):
 
 
 class _Round(_Read):
-    losses: list[float | None]
+    diverged: bool = False
 
 
 class Results(_Read):

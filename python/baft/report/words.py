@@ -63,7 +63,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _settling(results: Results) -> str | None:
-    rounds = len(results.settling)
+    rounds = sum(not done.diverged for done in results.settling)
     said = f"{rounds} round{'s' if rounds != 1 else ''} over all edits, {duration(results.timing.settling_seconds)}"
     return said if rounds else None
 
@@ -80,7 +80,7 @@ def protocol(results: Results) -> list[tuple[str, str]]:
     generation, forced = said.get("generation", {}), said.get("teacher_forced", {})
     moments = {
         "sequential": "right after: each request after its own edit, with what was edited before still on; "
-        "at the end: all of them after the last edit",
+        "at the end: all of them, with all edits made and settled",
         "batch": "all requests after the whole batch; there is no moment in between",
         "single": "each request after its own edit, alone; there is no state that holds them all",
     }

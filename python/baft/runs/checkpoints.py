@@ -143,9 +143,9 @@ class Checkpoints:
 
 
 def kept(counts: list[int]) -> set[int]:
-    """Which checkpoints to keep of those after ``counts`` edits, in order.
+    """Which checkpoints to keep of those after ``counts`` edits and rounds, in order.
 
-    The newest two, and of those before, the oldest and the newest of each age: 1, 2 or 3, 4 to 7, ... edits. So their
+    The newest two, and of those before, the oldest and the newest of each age: 1, 2 or 3, 4 to 7, ... of them. So their
     number grows with the logarithm of the run, and going back costs at most about as much as was edited since.
     """
     newest = counts[-1]

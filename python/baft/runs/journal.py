@@ -277,11 +277,11 @@ class Journal:
 
     # -- settling rounds --------------------------------------------------------------------------------------------
 
-    def add_settling(self, curve: Curve) -> None:
-        """Write down how the next of the settling rounds trained."""
+    def add_settling(self, number: int, curve: Curve) -> None:
+        """Write down how a settling round trained, the number of them before it being ``number``."""
         with self._transaction() as connection:
-            row = (len(self.settling()), json.dumps(curve_as_json(curve)))
-            connection.execute("INSERT INTO settling VALUES (?, ?)", row)
+            connection.execute("DELETE FROM settling WHERE round >= ?", (number,))
+            connection.execute("INSERT INTO settling VALUES (?, ?)", (number, json.dumps(curve_as_json(curve))))
 
     def settling(self) -> list[Curve]:
         """The settling rounds that are done."""

@@ -67,6 +67,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
             "total_seconds": sum(session["seconds"] for session in sessions),
             "steps": totals["steps"],
             "settling_seconds": sum(curve.seconds for curve in settling),
+            "settling_steps": sum(curve.steps for curve in settling),
         },
         "dropped": sorted(journal.dropped()),
         "training": {"converged": totals["converged"], "diverged": totals["diverged"]},

@@ -52,17 +52,21 @@ class Retention:
     def due(self, edits: int) -> bool:
         return is_milestone(edits, self.every)
 
-    def measure(self, editor: Editor, requests: Sequence[EditRequest], edits: int, seconds: float) -> dict[str, Any]:
+    def measure(
+        self, editor: Editor, requests: Sequence[EditRequest], edits: int, settled: int, seconds: float
+    ) -> dict[str, Any]:
         """A point of the curve.
 
         Args:
             requests: a sample of what was edited.
             edits: how many edits were made.
-            seconds: how long they took.
+            settled: how many rounds settled them.
+            seconds: how long all that took.
         """
         usage = editor.gate_usage(requests) if isinstance(editor, Gated) else {}
         return {
             "edits": edits,
+            "settled": settled,
             **summarise(self.evaluator.measure(requests)),
             "general": self._general(editor),
             "gates": {str(layer): shares.tolist() for layer, shares in usage.items()} or None,

@@ -34,7 +34,8 @@ class RunPlan:
         measure_every: edits between two measurements of earlier ones, beside 1, 10, 100, ...
         retained: earlier edits that are asked about then, at most.
         final: edits that are asked about at the end, at most; None asks about all.
-        checkpoint_every: edits between two checkpoints; None writes them as often as costs next to nothing.
+        checkpoint_every: edits between two checkpoints; None writes them as often as costs next to nothing. After the
+            last edit and after each settling round there is one in any case.
     """
 
     held_out: Sequence[str] = ()

@@ -66,12 +66,15 @@ class SequentialRun:
             context.watcher.advance()
         return len(again)
 
-    def _compare(self, what: str, curve: Curve, earlier: Curve) -> None:
-        if not _alike(curve.losses, earlier.losses):
+    def _compare(self, what: str, curve: Curve, earlier: Curve) -> bool:
+        """Whether it came out as before, bit for bit; said aloud if not."""
+        alike = _alike(curve.losses, earlier.losses)
+        if not alike:
             self._context.say(
                 f"{what} came out otherwise than before, with losses {curve.losses} instead of {earlier.losses}: "
                 "the earlier process had another machine, or another number of threads"
             )
+        return alike
 
     # -- editing ---------------------------------------------------------------------------------------------------
 
@@ -142,45 +145,46 @@ class SequentialRun:
 
     def _settle(self, edits: int) -> None:
         """The settling rounds, if this method has any: those that the editor's state hasn't had."""
-        context, editor = self._context, self._context.editor
+        context, editor, journal = self._context, self._context.editor, self._context.journal
         if not isinstance(editor, Settling):
             return
-        known = context.journal.settling()
-        if self._settled == len(known) and known and (known[-1].converged or known[-1].diverged):
+        known = journal.settling()
+        if known and self._settled == len(known) and (known[-1].converged or known[-1].diverged):
             return
-        before = editor.state()
+        if self._settled < editor.config.settling_rounds:
+            context.watcher.stage("settling: all edits once more", editor.config.settling_rounds, self._settled)
+        before, began = editor.state(), time.perf_counter()
 
         def note(curve: Curve) -> None:
-            nonlocal before
-            if self._settled < len(known):
-                self._compare(f"settling round {self._settled + 1}", curve, known[self._settled])
-            else:
-                context.journal.add_settling(curve)
+            nonlocal before, began
+            again = self._settled < len(known) and self._compare(
+                f"settling round {self._settled + 1}", curve, known[self._settled]
+            )
+            if not again:
+                journal.add_settling(self._settled, curve)
+                del known[self._settled :]  # what came after another round is no longer true
             self._settled += 1
-            self._save(edits + self._settled)
-            before = editor.state()
+            self._save(edits + self._settled, last=True)  # a round is more than many edits
+            before, began = editor.state(), time.perf_counter()
             context.watcher.advance(f"loss {curve.losses[-1]:.3f}")
 
-        rounds = editor.config.settling_rounds
-        if self._settled < rounds:
-            context.watcher.stage("settling: all edits once more", rounds, self._settled)
         try:
             editor.settle(done=self._settled, on_round=note)
         except DivergedError as error:
             editor.load_state(before)
             context.say(f"settling ended, the edits being as they were before its last round: {error}")
-            note(Curve([math.nan], diverged=True))
-        self._save(edits + self._settled, last=True)
+            note(Curve([math.nan], diverged=True, seconds=time.perf_counter() - began))
 
     def _look_back(self, order: Sequence[int], done: int, *, last: bool = False) -> None:
         """Measure what was edited earlier, if it is time to and it hasn't been done."""
         context = self._context
         if not done or not (last or context.retention.due(done)):
             return
-        if done in (point["edits"] for point in context.journal.retention()):
+        if (done, self._settled) in ((point["edits"], point["settled"]) for point in context.journal.retention()):
             return
         chosen = context.at(sample(order[:done], context.retention.size))
-        point = context.retention.measure(context.editor, chosen, done, context.journal.totals()["seconds"])
+        seconds = context.journal.totals()["seconds"] + sum(curve.seconds for curve in context.journal.settling())
+        point = context.retention.measure(context.editor, chosen, done, self._settled, seconds)
         context.journal.add_retention(point)
         measures = {m: point[m]["generation"] for m in ("reliability", "generality", "locality") if point[m]}
         context.watcher.say(f"after {done} edits: " + ", ".join(f"{m} {v:.3f}" for m, v in measures.items()))
