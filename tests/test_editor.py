@@ -239,7 +239,16 @@ def test_consolidation_ends_with_a_round_that_finds_every_loss_low(monkeypatch: 
 
 
 def test_settling_visits_each_edit_once_a_round_at_rates_that_fall(monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = tiny_editor(settling_rounds=3, batch_size=2, rehearsal=0, locality_weight=0.0, max_steps=1, stop_below=0.0)
+    editor = tiny_editor(
+        consolidate_every=5,  # once, which ends in the middle of a round
+        consolidation_steps=2,
+        settling_rounds=3,
+        batch_size=2,
+        rehearsal=0,
+        locality_weight=0.0,
+        max_steps=1,
+        stop_below=0.0,
+    )
     editor.edit(REQUESTS)
     rates: list[float] = []
     arrange = TrainingStep.arrange
