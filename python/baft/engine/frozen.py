@@ -51,8 +51,13 @@ class FrozenStates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held at present."""
+        """Bytes that are set aside at present."""
         return self._prefixes.nbytes + self._head_inputs.nbytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of these that were ever written to: an operating system gives no others away."""
+        return self._prefixes.written_bytes + self._head_inputs.written_bytes
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
@@ -211,10 +216,15 @@ class _Rows:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        self._written = 0
 
     @property
     def nbytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
+
+    @property
+    def written_bytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer[: self._written].nbytes
 
     def at(self, index: Sequence[int]) -> Tensor:
         assert self._buffer is not None
@@ -229,3 +239,4 @@ class _Rows:
                 grown[: len(self._buffer)] = self._buffer
             self._buffer = grown
         self._buffer[start:end] = vectors
+        self._written = max(self._written, end)

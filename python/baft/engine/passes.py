@@ -202,7 +202,7 @@ class Passes:
     def report(self) -> dict[str, Any]:
         """How texts were laid out so far, for people."""
         padding = 1 - self._tokens / self._cells if self._cells else None
-        remembered = self._frozen.nbytes
+        remembered = self._frozen.written_bytes
         return {"texts_side_by_side": self._side_by_side, "padding": padding, "remembered_bytes": remembered}
 
     @torch.no_grad()
