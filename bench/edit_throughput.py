@@ -8,8 +8,8 @@
 Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
 each step, whose predictions shall stay. What the model says of the subject is in neither, as a plain editor wouldn't
 ask. The last table has the operations of a step's matrix products, and how long these take alone. Variants take turns,
-and seconds are medians over rounds. "Plain" is bench/plain_editing.py. Results go to bench/results/ as JSON, Markdown
-and a picture.
+and seconds are medians over rounds. "Plain" is bench/plain_editing.py; "times plain" compares steps. Results go to
+bench/results/ as JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -204,16 +204,17 @@ def compare(
         for name, run in variants.items():
             timed[name].append(run())
             console.print(f"{mode}, {task}, round {round_ + 1}, {name}: {timed[name][-1].seconds:.1f} s", style="dim")
-    plain = median(t.seconds / t.edits for t in timed["plain"])
+    # By the step: the plain one edits fewer requests, and one takes more steps than another.
+    plain = median(t.seconds / t.steps for t in timed["plain"])
     for name, runs in timed.items():
-        seconds = median(t.seconds / t.edits for t in runs)
+        step = median(t.seconds / t.steps for t in runs)
         yield {
             "mode": mode,
             "task": task,
             "variant": name,
-            "seconds_per_edit": seconds,
-            "seconds_per_step": median(t.seconds / t.steps for t in runs),
-            "times_plain": plain / seconds,
+            "seconds_per_edit": median(t.seconds / t.edits for t in runs),
+            "seconds_per_step": step,
+            "times_plain": plain / step,
             "padding": runs[0].padding,
             **(runs[0].quality or {"reliability": None, "locality": None}),
             "rounds": [vars(t) for t in runs],

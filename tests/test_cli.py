@@ -85,7 +85,7 @@ def test_results_say_how_they_came_about(sequential_run: tuple[Path, dict[str, A
     assert (results["edits"], results["seed"], results["config"]["rank"]) == (4, 3, 24)
     assert results["protocol"]["mode"] == "sequential" and results["versions"]["torch"]
     assert results["timing"]["seconds_per_edit"] > 0 and results["memory"]["peak_bytes"]["process"] > 0
-    assert [point["edits"] for point in results["retention"]] == [1, 4]
+    assert [point["edits"] for point in results["retention"]] == [1, 4, 4]
     assert results["metrics"]["final"]["portability"] is None  # the file has no such probes
 
 

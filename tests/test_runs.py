@@ -48,7 +48,8 @@ def test_edits_jsonl_has_all_that_the_journal_has(sequential: Path) -> None:
 
 def test_the_retention_curve_looks_back_when_it_is_due(sequential: Path) -> None:
     points = results_of(sequential)["retention"]
-    assert [point["edits"] for point in points] == [1, 4, 8, 9]  # 1, every 4, and the end
+    moments = [(point["edits"], point["settled"]) for point in points]
+    assert moments == [(1, 0), (4, 0), (8, 0), (9, 0), (9, 6)]  # 1, every 4, and the end before and after settling
     for point in points:
         assert point["general"]["perplexity"] > 1 and point["general"]["before"] == points[0]["general"]["before"]
         (shares,) = point["gates"].values()

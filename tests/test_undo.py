@@ -84,7 +84,7 @@ def test_without_its_last_request_a_run_is_settled_and_looked_at_anew(done: Path
     found, expected = outcome(done), outcome(tmp_path / "without")
     assert (found["tensors"], found["settling"]) == (expected["tensors"], expected["settling"])
     assert found["retention"] == expected["retention"]
-    assert [(point["edits"], point["settled"]) for point in found["retention"]] == [(1, 0), (4, 0), (8, 6)]
+    assert [(point["edits"], point["settled"]) for point in found["retention"]] == [(1, 0), (4, 0), (8, 0), (8, 6)]
 
 
 def test_a_half_settled_run_rolls_back_to_edits_that_are_not_settled(tmp_path: Path) -> None:

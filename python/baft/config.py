@@ -18,13 +18,13 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 class BaftConfig(BaseModel):
     """Configuration of a ``BaftEditor``.
 
-    The method's authors published no code, so each choice here is ours. The defaults were found by trials on 100
-    FactWorld edits: in bench/results, ``factworld_editing_*.md`` has what they give, ``factworld_tuning_batch.md`` the
-    grid of learning rates and locality weights, and ``factworld_ablations_batch.md`` what changing one of them does.
-    Those tables are older than ``subject_texts``, ``retellings``, ``settling_rounds``, ``consolidation_steps``, and
-    ``locality_weight`` as it is now; ``long_run_*`` have what these give, with other settings that are said there. What
-    ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they are off. No larger model was at
-    hand: for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
+    The method's authors published no code, so each choice here is ours. The defaults were found by trials on FactWorld
+    edits, not all of which are on file: in bench/results, ``factworld_editing_*.md`` has what 100 edits gave,
+    ``factworld_tuning_batch.md`` a grid of learning rates and locality weights, and ``factworld_ablations_batch.md``
+    what changing one of them did. Those tables are older than ``subject_texts``, ``retellings``, ``settling_rounds``,
+    ``consolidation_steps``, and ``locality_weight`` as it is now; ``long_run_*`` have what these give, with other
+    settings that are said there. What ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they
+    are off. No larger model was at hand: for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
 
     Attributes:
         rank: r, the number of bases in each edited block.
@@ -62,15 +62,16 @@ class BaftConfig(BaseModel):
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
             to 1: see ``baft.objective.smoothed_nll``.
         stop_below: an edit is done when its loss (mean over the target's tokens) is below this.
-        max_steps: steps for a request in single and sequential mode.
+        max_steps: steps for a request in single and sequential mode, at most.
         rehearsal: earlier requests drawn into each of these steps.
         rehearsal_buffer: how many requests (or chunks) these are drawn from, a sample of all so far; None takes all.
         consolidate_every: in sequential mode, after every so many edits, go over earlier ones again; 0 never does.
         consolidation_steps: how many steps each time, at most; the learning rates fall along a cosine meanwhile. Those
             edited since the last time come first, then all others in rounds, each of which goes on where the last
             consolidation left it. It ends early with a whole round that finds all losses below ``stop_below``.
-        settling_rounds: a sequential run ends with so many rounds over all its edits, at most, over which the learning
-            rates fall along one cosine: see ``baft.trained.TrainedEditor.settle``.
+        settling_rounds: a sequential run (``baft run``; ``edit`` by itself doesn't) ends with so many rounds over all
+            its edits, at most, over which the learning rates fall along one cosine:
+            ``baft.trained.TrainedEditor.settle``.
         chunk_tokens: longer targets are edited in chunks of so many tokens, each behind those before it; ``max_steps``
             is then for each chunk. None edits each target whole.
         grow_every: in sequential mode, after every so many edits, add ``grow_by`` bases to each block, orthogonal to

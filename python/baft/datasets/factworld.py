@@ -2,10 +2,10 @@
 
 A world is made of invented people; each has one birthplace, profession, employer and instrument. Cities lie in
 countries and companies have their seat in a city, which gives two-hop questions. Every relation is said in several
-wordings: the first ones are for edits and for unrelated text, the last two are never seen while editing and measure
-generality.
+wordings: the first ones are for edits and for unrelated text, the last two measure generality and are in nothing that
+an editor is given. (What a model writes of a subject by itself may be worded so.)
 
-People are dealt into three groups that never mix: the *edited* (their facts are changed, one each), the *probed*
+People are dealt into three groups that never mix: the *edited* (some of their facts are changed), the *probed*
 (locality probes ask about them, and nothing else does), and the *pool* (unrelated text that an edit may look at while
 training). So a locality probe never asks about a person whose facts were shown to the editor. Beside them there are
 *strangers*, whom the world doesn't have and no model of it was told of; unrelated text is about them too.

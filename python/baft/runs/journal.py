@@ -40,7 +40,9 @@ CREATE TABLE IF NOT EXISTS base_texts (prompt TEXT PRIMARY KEY, text TEXT NOT NU
 CREATE TABLE IF NOT EXISTS base_forced (
     prompt TEXT NOT NULL, answer TEXT NOT NULL, forced TEXT NOT NULL, PRIMARY KEY (prompt, answer)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS retention (edits INTEGER PRIMARY KEY, point TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS retention (
+    edits INTEGER NOT NULL, settled INTEGER NOT NULL, point TEXT NOT NULL, PRIMARY KEY (edits, settled)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS settling (round INTEGER PRIMARY KEY, training TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS description (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
@@ -272,7 +274,7 @@ class Journal:
             left = connection.execute("SELECT count(*) FROM edits WHERE position < ?", (position,)).fetchone()[0]
             connection.execute("DELETE FROM edits WHERE position >= ?", (position,))
             connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))
-            connection.execute("DELETE FROM retention WHERE edits > ?", (left,))
+            connection.execute("DELETE FROM retention WHERE edits > ? OR settled > 0", (left,))
             connection.execute("DELETE FROM settling")
 
     # -- settling rounds --------------------------------------------------------------------------------------------
@@ -295,11 +297,12 @@ class Journal:
 
     def add_retention(self, point: Mapping[str, Any]) -> None:
         with self._transaction() as connection:
-            row = (point["edits"], json.dumps(point))
-            connection.execute("INSERT OR REPLACE INTO retention VALUES (?, ?)", row)
+            row = (point["edits"], point["settled"], json.dumps(point))
+            connection.execute("INSERT OR REPLACE INTO retention VALUES (?, ?, ?)", row)
 
     def retention(self) -> list[dict[str, Any]]:
-        return [json.loads(point) for (point,) in self._rows("SELECT point FROM retention ORDER BY edits")]
+        points = [json.loads(point) for (point,) in self._rows("SELECT point FROM retention")]
+        return sorted(points, key=lambda point: (point["edits"], point.get("settled", 0)))
 
     # -- the unedited model's answers, as ``BaseAnswers`` --------------------------------------------------------------
 

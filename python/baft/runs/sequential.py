@@ -82,7 +82,8 @@ class SequentialRun:
         """Edit what is left, and settle when nothing is.
 
         Args:
-            up_to: how many requests shall be done in the end; by default all, with a look back at them.
+            up_to: how many requests shall be done in the end; by default all, with a look back at them before they
+                settle and one after it.
 
         Raises:
             DivergedError: if several requests in a row had no finite loss.
@@ -105,6 +106,8 @@ class SequentialRun:
             self._tell(record, number + 1)
         if not self._settled:
             self._save(len(order), last=True)
+            if up_to is None:
+                self._look_back(order, len(order), last=True)
         if order == everything:
             self._settle(len(order))
         if up_to is None:
@@ -187,9 +190,11 @@ class SequentialRun:
         point = context.retention.measure(context.editor, chosen, done, self._settled, seconds)
         context.journal.add_retention(point)
         measures = {m: point[m]["generation"] for m in ("reliability", "generality", "locality") if point[m]}
-        context.watcher.say(f"after {done} edits: " + ", ".join(f"{m} {v:.3f}" for m, v in measures.items()))
+        settled = ", settled" if self._settled else ""
+        context.watcher.say(f"after {done} edits{settled}: " + ", ".join(f"{m} {v:.3f}" for m, v in measures.items()))
         if context.log:
-            context.log.log(done, {f"retained {measure}": value for measure, value in measures.items()})
+            what = "settled" if self._settled else "retained"
+            context.log.log(done, {f"{what} {measure}": value for measure, value in measures.items()})
 
     def _save(self, done: int, *, last: bool = False) -> None:
         checkpoints = self._context.checkpoints
