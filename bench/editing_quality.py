@@ -17,7 +17,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
+from report import RESULTS, commit
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +40,6 @@ from baft.runs.environment import versions
 from baft.runs.inputs import load_assignment, load_model
 from baft.runs.run import run_edits
 
-RESULTS = Path(__file__).parent / "results"
 REQUESTS = 100
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # its choice and order of requests are not among those that are reported
@@ -224,10 +223,9 @@ def show(rows: list[list[str]], console: Console) -> None:
 
 def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], task: Task) -> Path:
     """Write the raw runs as JSON and the table as Markdown beside it; returns the latter's path."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
         "command": " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "task": task._asdict(),
         "versions": versions(),

@@ -17,20 +17,29 @@ import torch
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "markdown", "provenance"]
+__all__ = ["RESULTS", "commit", "markdown", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
+def commit() -> str | None:
+    """The commit of this checkout, "-dirty" if a file was changed since, results apart, which are what runs make."""
+    if not shutil.which("git"):
+        return os.environ.get("BAFT_COMMIT")
+    described = _git("describe", "--always") or os.environ.get("BAFT_COMMIT")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
+    return f"{described}-dirty" if described and changed else described
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Command, commit, date, device and versions; a checkout without git says its commit in ``BAFT_COMMIT``."""
-    commit = os.environ.get("BAFT_COMMIT")
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or commit
     return {
         "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
