@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timing import interleaved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,15 +18,14 @@ __all__ = ["Products", "recorded_products"]
 _OPS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.bmm.default: 0}
 """The products that torch's modules are made of, and where their two factors begin among the arguments."""
 
-# Each kind of product is timed so many times, after one that isn't.
-_REPEATS = 5
+# Each kind of product is timed in so many batches of calls.
+_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product by what its time depends on: operator, and shapes, strides and dtype of its factors."""
+    """A product by what its time depends on: shapes, strides and dtype of its factors."""
 
-    op: Any
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     strides: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
@@ -38,18 +37,14 @@ class _Product:
         return 2 * (batch[0] if batch else 1) * rows * inner * self.shapes[1][-1]
 
     def seconds(self) -> float:
-        """Of this product alone; the smallest of some."""
+        """Of this product alone."""
         factors = [
             torch.randn(_extent(shape, stride), dtype=self.dtype, device=self.device).as_strided(shape, stride)
             for shape, stride in zip(self.shapes, self.strides, strict=True)
         ]
         multiply = torch.bmm if len(self.shapes[0]) == 3 else torch.mm
-        times = []
-        for _ in range(_REPEATS + 1):
-            start = _now(self.device)
-            multiply(*factors)
-            times.append(_now(self.device) - start)
-        return min(times[1:])
+        works = {"product": lambda _: multiply(*factors)}
+        return interleaved(works, rotation=1, rounds=_ROUNDS, device=self.device)["product"].median
 
 
 class Products:
@@ -67,9 +62,9 @@ class Products:
         """How long all of them take, one after the other, with nothing in between."""
         return sum(product.seconds() * count for product, count in self._counts.items())
 
-    def add(self, op: Any, first: Tensor, second: Tensor) -> None:
+    def add(self, first: Tensor, second: Tensor) -> None:
         shapes, strides = (tuple(first.shape), tuple(second.shape)), (first.stride(), second.stride())
-        self._counts[_Product(op, shapes, strides, first.dtype, first.device)] += 1
+        self._counts[_Product(shapes, strides, first.dtype, first.device)] += 1
 
 
 @contextmanager
@@ -83,7 +78,7 @@ def recorded_products() -> Iterator[Products]:
         ) -> Any:
             if func in _OPS:
                 first = _OPS[func]
-                products.add(func, args[first], args[first + 1])
+                products.add(args[first], args[first + 1])
             return func(*args, **(kwargs or {}))
 
     with Recording():
@@ -92,9 +87,3 @@ def recorded_products() -> Iterator[Products]:
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -1,14 +1,18 @@
-"""What tests look at in an editor of any method: what it says, its logits, its state."""
+"""What tests look at in an editor: what it says, its logits, its state, what it trains on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from baft import EditRequest
 from baft.editing import Editor
+from baft.engine.step import Lesson, StepInputs, TrainingStep
 
 
 def said(editor: Editor, requests: Sequence[EditRequest]) -> list[str]:
@@ -31,3 +35,20 @@ def assert_same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tenso
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
+
+
+@contextmanager
+def trained_batches(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The texts of each training step's lessons, edits first, in order."""
+    batches: list[list[str]] = []
+    arrange = TrainingStep.arrange
+
+    def watch(step: TrainingStep, lessons: Sequence[Lesson], **options: Any) -> StepInputs:
+        for lesson in lessons:
+            texts = [text.ids for text in [*lesson.edits, *lesson.unrelated]]
+            batches.append(editor.tokenizer.batch_decode(texts, skip_special_tokens=True))
+        return arrange(step, lessons, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStep, "arrange", watch)
+        yield batches

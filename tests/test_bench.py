@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import roofline  # after the folder of the benchmarks is known
-from report import markdown, provenance
+from products import recorded_products
+from report import commit, markdown, provenance
 from timing import Spread, interleaved
 from variants import RIVALS, Case
 
@@ -68,6 +71,34 @@ def test_a_figure_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_
     assert about["commit"] == "abc123"
     assert about["device"]
     assert about["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git isn't installed")
+def test_a_commit_is_dirty_by_more_than_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path / "bench" / name for name in ("run.py", "results/run.md")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("old")
+    who = ("-c", "user.name=N", "-c", "user.email=n@example.org")
+    for arguments in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "first")):
+        subprocess.run(["git", *arguments], check=True)
+    clean = commit()
+    files[1].write_text("new")
+    assert clean and not clean.endswith("-dirty") and commit() == clean
+    files[0].write_text("new")
+    assert commit() == f"{clean}-dirty"
+
+
+def test_products_of_both_passes_are_recorded() -> None:
+    layer = torch.nn.Linear(4, 5)
+    x = torch.randn(3, 4, requires_grad=True)
+    with recorded_products() as products:
+        layer(x).sum().backward()
+        torch.bmm(torch.randn(2, 3, 4), torch.randn(2, 4, 6))
+    once = 2 * 3 * 4 * 5
+    assert products.operations == 3 * once + 2 * 2 * 3 * 4 * 6
+    assert products.seconds() > 0
 
 
 def test_a_bar_in_a_cell_ends_no_column() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from baft import BaftEditor
 from baft.cli import main
 from baft.datasets.factworld import FactWorld
 from baft.runs.start import RunWords, start
@@ -136,7 +137,8 @@ def test_how_much_is_remembered_is_passed_on(
 
     def note(words: RunWords, *_: object, **__: object) -> None:
         given.append(words.remember)
-        assert start(words, None).editor._options.memory == (words.remember or 2048) << 20  # type: ignore[attr-defined]
+        editor = start(words, None).editor
+        assert isinstance(editor, BaftEditor) and editor._options.memory == (words.remember or 2048) << 20
         raise ValueError("that is all")
 
     monkeypatch.setattr("baft.runs.start.start", note)

@@ -144,7 +144,6 @@ class _Places:
 
     Args:
         favoured: texts that have places of their own, if these are no more than half of all, and their tokens.
-
     """
 
     def __init__(self, favoured: Mapping[Tokens, int]) -> None:

@@ -121,7 +121,7 @@ def memory(results: Results) -> Picture:
     return Picture(name, title, f"Memory in use: {'; '.join(said)}.", figure)
 
 
-_WHERE = {"process": "process", "gpu": "GPU", "remembered": "of that the engine's memory of texts"}
+_WHERE = {"process": "process", "gpu": "GPU", "remembered": "the engine's memory of texts"}
 _MEMORIES = (
     ("process", INK, "o"),
     ("gpu", MEASURE_COLOURS["generality"], "s"),

@@ -98,7 +98,8 @@ def start(
         )
     # Options of the engine for a method that has none of it are refused, not passed over.
     memory = EngineOptions.memory if words.remember is None else words.remember << 20
-    asked = METHODS[words.method].options is EngineOptions or words.slots or words.remember or world.size > 1
+    said = words.slots is not None or words.remember is not None or world.size > 1
+    asked = METHODS[words.method].options is EngineOptions or said
     options = EngineOptions(slots=words.slots, memory=memory, world=world) if asked else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     identity = identify(

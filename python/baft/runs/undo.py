@@ -21,7 +21,7 @@ class Cost:
         kept: edits before the first that is taken back.
         checkpoint: edits in the checkpoint that it starts from.
         edits: edits to be made again.
-        seconds: what they took, and where the run is closed again the settling rounds too.
+        seconds: what they took, and the settling rounds too where the run settles again.
     """
 
     kept: int
