@@ -14,12 +14,9 @@ language model.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-from editing_quality import REQUESTS, SEEDS, TUNING_SEED, Task, Variant, plan_of, run_all, save, show, tabulate
-from rich.console import Console
+from editing_quality import REQUESTS, SEEDS, TUNING_SEED, Task, Variant, compare, plan_of
 
 RIVALS = {
     "no edit": Variant("none"),
@@ -50,13 +47,8 @@ def main() -> None:
     if options.tune:
         variants, seeds, requests = tuned(variants), [TUNING_SEED], options.requests or TUNING_REQUESTS
         name = "baseline_tuning"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     task = Task(options.model, options.dataset, requests)
-    runs = run_all(plan_of(variants, [options.mode], seeds), task, options.jobs, console)
-    rows = tabulate(runs)
-    show(rows, console)
-    saved = save("_".join([Path(options.dataset).stem, name, options.mode]), runs, rows, task)
-    console.print(f"Saved: {saved}")
+    compare(f"{name}_{options.mode}", plan_of(variants, [options.mode], seeds), task, options.jobs)
 
 
 def tuned(variants: dict[str, Variant]) -> dict[str, Variant]:

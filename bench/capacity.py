@@ -10,12 +10,9 @@ by generation: all requests are asked after the last edit. Results go to bench/r
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
-from editing_quality import Task, Variant, plan_of, run_all, save, show, tabulate
-from rich.console import Console
+from editing_quality import Task, Variant, compare, plan_of
 
 from baft import BaftConfig
 
@@ -53,12 +50,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     options = parser.parse_args()
     variants = {name: variant(VARIANTS[name], options.requests) for name in options.variants}
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     task = Task(options.model, options.dataset, options.requests)
-    runs = run_all(plan_of(variants, ["sequential"], options.seeds), task, options.jobs, console)
-    rows = tabulate(runs)
-    show(rows, console)
-    console.print(f"Saved: {save(f'{Path(options.dataset).stem}_capacity_{options.requests}', runs, rows, task)}")
+    compare(f"capacity_{options.requests}", plan_of(variants, ["sequential"], options.seeds), task, options.jobs)
 
 
 def variant(changes: dict[str, Any], requests: int) -> Variant:

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
@@ -113,13 +113,8 @@ def main() -> None:
         name, plan = "backends", plan_of(_variants(changes), options.modes, options.seeds)
     else:
         name, plan = "editing", plan_of(METHODS, options.modes, options.seeds)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     task = Task(options.model, options.dataset, options.requests)
-    runs = run_all(plan, task, options.jobs, console)
-    rows = tabulate(runs)
-    show(rows, console)
-    saved = save("_".join([Path(options.dataset).stem, name, *options.modes]), runs, rows, task)
-    console.print(f"Saved: {saved}")
+    compare("_".join([name, *options.modes]), plan, task, options.jobs)
 
 
 def _variants(changes: dict[str, dict[str, Any]]) -> dict[str, Variant]:
@@ -137,16 +132,28 @@ def tuning_plan(modes: Iterable[Mode]) -> list[Entry]:
     """Every point of the grid for both methods: the same budget of tuning."""
     points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     variants = {
-        ", ".join([method, *(f"{field} {value:g}" for field, value in point.items())]): variant._replace(
-            overrides=point
-        )
+        ", ".join([method, *(f"{name} {value:g}" for name, value in point.items())]): replace(variant, overrides=point)
         for (method, variant), point in itertools.product(METHODS.items(), points)
     }
     return plan_of(variants, modes, [TUNING_SEED])
 
 
-def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> list[dict[str, Any]]:
-    """Run each entry of ``plan``, ``jobs`` at a time in processes of their own, saying how it goes."""
+def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
+    """Run a plan, show its table and save it under the data set's and its own name: after each run what is done."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
+    rows, path = [], None
+    for runs in run_all(plan, task, jobs, console):
+        rows = tabulate(runs)
+        path = save(f"{Path(task.dataset).stem}_{name}", runs, rows, task)
+    show(rows, console)
+    console.print(f"Saved: {path}")
+
+
+def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> Iterator[list[dict[str, Any]]]:
+    """Run each entry of ``plan``, ``jobs`` at a time in processes of their own, saying how it goes.
+
+    Yields, whenever one is done, what those that are have found, in the order of the plan.
+    """
     load_model(task.model)  # FactWorld's is trained, if need be, before several processes ask for it
     threads = max(1, (os.cpu_count() or 1) // jobs)
     runs: dict[int, dict[str, Any]] = {}
@@ -161,7 +168,7 @@ def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> list[
             figures = ", ".join(f"{name} {value:.3f}" for name, value in list(result["measures"].items())[:3])
             said = f"{entry.mode}, {entry.label}, seed {entry.seed}: {figures}"
             console.print(f"[{done} of {len(plan)}] {said}; {left:.0f} min left", style="dim")
-    return [runs[number] for number in range(len(plan))]
+            yield [runs[number] for number in sorted(runs)]
 
 
 def run_once(entry: Entry, task: Task) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import roofline  # after the folder of the benchmarks is known
+import editing_quality  # after the folder of the benchmarks is known
+import roofline
 from products import recorded_products
 from report import commit, markdown, provenance
 from timing import Spread, interleaved
@@ -104,3 +107,38 @@ def test_products_of_both_passes_are_recorded() -> None:
 def test_a_bar_in_a_cell_ends_no_column() -> None:
     about = {"commit": "c", "device": "d", "threads": 1, "versions": {"torch": "2"}, "command": "x", "date": "today"}
     assert markdown([["|R|", "b"], ["1", "2"]], about).splitlines()[0] == r"| \|R\| | b |"
+
+
+# -- comparisons of edits --
+
+
+def test_the_grid_is_the_same_for_both_methods() -> None:
+    plan = editing_quality.tuning_plan(["batch"])
+    points = [entry.variant.overrides for entry in plan]
+    half = len(plan) // 2
+    assert points[:half] == points[half:] and len({str(point) for point in points}) == half == 6
+    assert [entry.variant.method for entry in plan] == ["baft"] * half + ["loreft"] * half
+    assert len({entry.label for entry in plan}) == len(plan)
+
+
+def test_a_comparison_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    variants = {"one": editing_quality.Variant(), "other": editing_quality.Variant("loreft")}
+    plan = editing_quality.plan_of(variants, ["sequential"], [0])
+
+    def one_by_one(*_: object) -> Iterator[list[dict[str, Any]]]:
+        runs = [
+            {
+                **{"label": entry.label, "mode": entry.mode, "parameters": 1, "measures": {"reliability": 1.0}},
+                **{"steps": 1, "seconds_per_edit": 1.0, "threads": 1},
+            }
+            for entry in plan
+        ]
+        yield runs[1:]  # the second was faster
+        assert "| other |" in (tmp_path / "some_comparison.md").read_text()
+        yield runs
+
+    monkeypatch.setattr(editing_quality, "RESULTS", tmp_path)
+    monkeypatch.setattr(editing_quality, "run_all", one_by_one)
+    editing_quality.compare("comparison", plan, editing_quality.Task("model", "some.json", 3), 1)
+    kept = json.loads((tmp_path / "some_comparison.json").read_text())
+    assert [run["label"] for run in kept["runs"]] == ["one", "other"]
