@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -155,7 +154,7 @@ def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> Itera
     Yields, whenever one is done, what those that are have found, in the order of the plan.
     """
     load_model(task.model)  # FactWorld's is trained, if need be, before several processes ask for it
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     runs: dict[int, dict[str, Any]] = {}
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
