@@ -101,8 +101,8 @@ def _finite_asked() -> bool:
     return "BAFT_CHECK_FINITE" in os.environ and os.environ["BAFT_CHECK_FINITE"] == "1"
 
 
-def check_adapters(adapter_ids: Tensor, h: Tensor, sets: int) -> Tensor:
-    """``adapter_ids`` [B] as int64, for h [B, ..., d] and ``sets`` parameter sets."""
+def check_adapters(adapter_ids: Tensor, h: Tensor, sets: int, in_range: bool) -> Tensor:
+    """``adapter_ids`` [B] as int64, for h [B, ..., d] and ``sets`` parameter sets; ``in_range`` if that is known."""
     if adapter_ids.dtype == torch.bool or adapter_ids.is_floating_point() or adapter_ids.is_complex():
         raise TypeError(f"adapter_ids: expected an integer tensor, got {adapter_ids.dtype}")
     if adapter_ids.device != h.device:
@@ -111,7 +111,7 @@ def check_adapters(adapter_ids: Tensor, h: Tensor, sets: int) -> Tensor:
         wanted = f"[{h.shape[0]}], one for each of h's first axis" if h.ndim > 1 else "h of shape [B, ..., d]"
         raise ValueError(f"adapter_ids: expected {wanted}, got {list(adapter_ids.shape)} for h {list(h.shape)}")
     ids = adapter_ids.long()
-    if ids.numel() and not _values_unknown(h):
+    if ids.numel() and not in_range and not _values_unknown(h):
         least, most = int(ids.min()), int(ids.max())
         if not 0 <= least <= most < sets:
             raise ValueError(f"adapter_ids: expected numbers from 0 to {sets - 1}, got {least} to {most}")

@@ -162,6 +162,7 @@ def grouped_baft(
     gate_bias: Tensor | None,
     adapter_ids: Tensor,
     *,
+    ids_in_range: bool = ...,
     gate_fn: str = ...,
     positions: Tensor | None = ...,
     return_aux: Literal[False] = ...,
@@ -177,6 +178,7 @@ def grouped_baft(
     gate_bias: Tensor | None,
     adapter_ids: Tensor,
     *,
+    ids_in_range: bool = ...,
     gate_fn: str = ...,
     positions: Tensor | None = ...,
     return_aux: Literal[True],
@@ -191,6 +193,7 @@ def grouped_baft(
     gate_bias: Tensor | None,
     adapter_ids: Tensor,
     *,
+    ids_in_range: bool = False,
     gate_fn: str = "sigmoid",
     positions: Tensor | None = None,
     return_aux: bool = False,
@@ -205,6 +208,8 @@ def grouped_baft(
         gate: [N, r, d], and gate_bias: [N, r]; None for ``gate_fn="none"``.
         adapter_ids: integers [B], each from 0 to N - 1. A set may serve several sequences, or none: its gradient is
             then 0. Under ``torch.compile``, and while a CUDA graph is captured, the numbers aren't checked.
+        ids_in_range: True says that they are known to be right. Looking at them waits for the GPU, at every call; but
+            wrong ones that nobody looks at read memory that isn't the parameters'.
         gate_fn, positions, return_aux, backend: as for ``baft``.
 
     Returns:
@@ -216,7 +221,7 @@ def grouped_baft(
     parameters = Parameters(basis, source, source_bias, gate, gate_bias)
     sets = basis.shape[0] if basis.ndim == 3 else 0
     check_call(h, parameters, gate_fn, sets=sets)
-    adapters = check_adapters(adapter_ids, h, sets)
+    adapters = check_adapters(adapter_ids, h, sets, ids_in_range)
     rows = None if positions is None else rows_of(positions, h)
     serving = resolve_backend(backend, h, basis.shape[-2])
     if serving == REFERENCE:

@@ -180,7 +180,9 @@ class GroupedBaftIntervention(nn.Module):
             stacked = None if value is None else nn.Parameter(torch.stack([value.detach()] * sets))
             self.register_parameter(name, stacked)
 
-    def edit(self, base: Tensor, adapter_ids: Tensor, positions: Tensor | None = None) -> BaftOutput:
+    def edit(
+        self, base: Tensor, adapter_ids: Tensor, positions: Tensor | None = None, *, ids_in_range: bool = False
+    ) -> BaftOutput:
         """Edit sequence i of ``base`` [B, ..., d] by set ``adapter_ids[i]``; arguments as in ``grouped_baft``."""
         return grouped_baft(
             base,
@@ -190,6 +192,7 @@ class GroupedBaftIntervention(nn.Module):
             self.gate,
             self.gate_bias,
             adapter_ids,
+            ids_in_range=ids_in_range,
             gate_fn=self.gate_fn,
             positions=positions,
             return_aux=True,

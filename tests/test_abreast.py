@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer
+from tiny import REQUESTS, UNRELATED, poison, tiny_editor, tiny_model, tiny_tokenizer
 from tiny import one_thread as one_thread
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -246,19 +246,6 @@ def test_where_not_one_edit_fits_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # -- requests that fail --
-
-
-def poison(model: PreTrainedModel, *, bos: bool = True) -> str:
-    """Make one word's embedding NaN, that no other text here has; returns the word."""
-    tokenizer = tiny_tokenizer(bos=bos)
-    known = [*UNRELATED, *(f"{request.prompt} {request.target}" for request in REQUESTS)]
-    used = {token for text in known for token in tokenizer(text)["input_ids"]}
-    word = "z"
-    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
-    assert token not in used and token > 20  # nor have the texts that a model is tried on
-    with torch.no_grad():
-        model.get_input_embeddings().weight[token] = math.nan
-    return word
 
 
 @pytest.mark.parametrize("locality_loss", ["kl", "update"])

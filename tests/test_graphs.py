@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from tape import CaptureError, capture_on_tape
-from tiny import REQUESTS, tiny_editor, tiny_model
+from tiny import REQUESTS, poison, tiny_editor, tiny_model
 from torch import Tensor
 
-from baft import BaftEditor, objective
+from baft import BaftEditor, EditRequest, objective
 from baft.engine import graphs
 from baft.engine.buckets import rounded_up
 from baft.engine.graphs import Capture, CudaCapture, Graphs
@@ -35,15 +35,17 @@ def editor_with(
     kind: type[Graphs], capture: Capture = capture_on_tape, *, ahead: int = 0, model: Any = None, **changes: Any
 ) -> BaftEditor:
     """An editor whose steps are computed so."""
-    editor = tiny_editor(model, **{"max_steps": 8, "batch_passes": 6, **changes})
+    options = changes.pop("options", EngineOptions())
+    editor = tiny_editor(model, options=options, **{"max_steps": 8, "batch_passes": 6, **changes})
     trainer = editor._begin()
-    trainer.graphs, trainer.ahead = kind(trainer.step, capture), ahead
+    trainer.graphs_for = lambda step: kind(step, capture)  # type: ignore[method-assign]
+    trainer.graphs, trainer.ahead = trainer.graphs_for(trainer.step), ahead
     return editor
 
 
-def captured(editor: BaftEditor) -> int:
+def captured(editor: BaftEditor, what: str = "graphs") -> int:
     """How many shapes were, and no reason against more was found."""
-    said = str(editor.engine_report()["graphs"])
+    said = str(editor.engine_report()[what])
     assert said.startswith("captured ") and said.endswith(("shape", "shapes")), said
     return int(said.split()[1])
 
@@ -78,6 +80,56 @@ def test_replays_are_the_eager_steps_bit_for_bit(mode: Any, changes: Any, ahead:
     assert losses(taped.edit(REQUESTS, mode)) == losses(eager.edit(REQUESTS, mode))
     assert_same(taped, eager)
     assert captured(taped) >= (2 if mode == "sequential" else 1)
+
+
+ABREAST: dict[str, Any] = {"options": EngineOptions(slots=2)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backend": "reference", "stop_below": 0.8},
+        {"locality_loss": "update", "locality_margin": 0.01, "balance_weight": 0.1},
+        {"positions": "subject", "layers": (0, 2), "weight_decay": 0.01, "project_gradients": True},
+        {"learning_rate": 30.0, "max_steps": 4},
+    ],
+)
+def test_edits_abreast_by_graphs_are_the_eager_ones_bit_for_bit(changes: Any) -> None:
+    taped, eager = (editor_with(kind, **ABREAST, **changes) for kind in (Graphs, Eager))
+    outcomes, expected = (sorted(e.edit_each(REQUESTS), key=lambda o: o.index) for e in (taped, eager))
+    assert losses(outcomes) == losses(expected)
+    for one, other in zip(outcomes, expected, strict=True):
+        assert one.state and other.state and all(torch.equal(one.state[name], v) for name, v in other.state.items())
+    assert 0 < captured(taped, "graphs_abreast") < sum(outcome.curve.steps for outcome in outcomes) / 2  # passes
+
+
+def test_edits_abreast_are_captured_where_every_slot_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_graphs: list[int] = []
+    call = Graphs.__call__
+
+    def watch(self: Graphs, inputs: StepInputs) -> Found:
+        by_graphs.append(len(inputs.sets))
+        return call(self, inputs)
+
+    monkeypatch.setattr(Graphs, "__call__", watch)
+    editor = editor_with(Graphs, **ABREAST, stop_below=0.0)
+    editor.edit(REQUESTS, "single")  # two at a time, and the fifth by itself
+    assert by_graphs == [2] * 2 * editor.config.max_steps
+    assert not editor._begin().step.sets.grouped
+
+
+def test_an_edit_that_diverges_in_a_graph_leaves_its_neighbour_alone() -> None:
+    def outcomes(kind: type[Graphs], **changes: Any) -> list[Any]:
+        model = tiny_model()
+        bad = EditRequest(prompt=f"Ada {poison(model)} is", target="Ebor")
+        editor = editor_with(kind, model=model, **ABREAST, **changes)
+        return sorted(editor.edit_each([bad, *REQUESTS[:3]]), key=lambda outcome: outcome.index)
+
+    stopped, *others = outcomes(Graphs, stop_below=0.0)
+    assert stopped.curve.diverged and stopped.curve.steps == 1
+    assert losses(others) == losses(outcomes(Eager, stop_below=0.0)[1:])
+    assert all(torch.isfinite(value).all() for other in others for value in other.state.values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2", "gpt_neox"])

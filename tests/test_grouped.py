@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from op_calls import Call, draw_call
+from tape import CaptureError, capture_on_tape
 from tolerance import assert_within_rule, plain_torch
 from torch import Tensor
 
@@ -124,3 +125,12 @@ def test_parameters_without_the_axis_of_sets() -> None:
     both = draw((2, 4), 20, 3, 2)
     with pytest.raises(ValueError, match=r"gate: expected shape \[2, 3, 20\], got \[3, 20\]"):
         grouped(both._replace(gate=call.gate), torch.tensor([0, 0]), "auto")
+
+
+def test_ids_that_are_known_to_be_right_are_not_looked_at() -> None:
+    call = draw((2, 4), 20, 3, 2)
+    ids = torch.tensor([1, 0])
+    with pytest.raises(CaptureError):
+        capture_on_tape(lambda: grouped(call, ids, "reference"))
+    _, found = capture_on_tape(lambda: grouped(call, ids, "reference", ids_in_range=True))
+    assert torch.equal(found.out, grouped(call, ids, "reference").out)

@@ -5,6 +5,7 @@ Everything is made in memory, in float32 and from a seed; a model takes millisec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -225,3 +226,16 @@ def tiny_editor(
         unrelated=UNRELATED,
         options=options,
     )
+
+
+def poison(model: PreTrainedModel, *, bos: bool = True) -> str:
+    """Make one word's embedding NaN, that no other text here has; returns the word."""
+    tokenizer = tiny_tokenizer(bos=bos)
+    known = [*UNRELATED, *(f"{request.prompt} {request.target}" for request in REQUESTS)]
+    used = {token for text in known for token in tokenizer(text)["input_ids"]}
+    word = "z"
+    (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+    assert token not in used and token > 20  # nor have the texts that a model is tried on
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan
+    return word

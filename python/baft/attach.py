@@ -149,7 +149,8 @@ class Attachment:
     def sets(self, interventions: Mapping[int, GroupedBaftIntervention], of_sequence: Tensor) -> Iterator[None]:
         """Edit by other interventions, of several parameter sets: sequence i of a batch by set ``of_sequence[i]``.
 
-        A batch that is a multiple of the known one holds beams, each sequence's next to each other.
+        That each is the number of a set is the caller's to check. A batch that is a multiple of the known one holds
+        beams, each sequence's next to each other.
         """
         before, self._sets = self._sets, (interventions, of_sequence)
         try:
@@ -211,4 +212,5 @@ class Attachment:
             return self.interventions[layer].edit(h, rows)
         interventions, of_sequence = self._sets
         beams = h.shape[0] // of_sequence.shape[0]
-        return interventions[layer].edit(h, of_sequence.repeat_interleave(beams).to(h.device), rows)
+        # Who set them knows them to be right: to look at them here would wait for the device, in every layer.
+        return interventions[layer].edit(h, of_sequence.repeat_interleave(beams).to(h.device), rows, ids_in_range=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from baft.engine.encoding import Encoded
+from baft.engine.ending import Ending
+from baft.engine.graphs import Graphs
 from baft.engine.history import Chunks
 from baft.engine.memory import slots_that_fit
 from baft.engine.schedule import Curve, OnStep, Progress
@@ -52,6 +54,10 @@ class EditsAbreast:
 
     Where memory runs out, the requests being trained go back to wait, and half as many are trained at a time.
 
+    Steps with a request in every slot are captured in graphs, if any are. The last ones, with fewer and fewer, would
+    each be a shape of its own. Losses are read before the next step is arranged: who leaves and who enters depends on
+    them, and with many edits abreast there is always somebody.
+
     Args:
         trainer: where each edit starts; it isn't changed.
         requests: what is edited.
@@ -73,6 +79,7 @@ class EditsAbreast:
         self._planned = slots is not None
         self._slots: list[_Slot | None] = []
         self._step: TrainingStep | None = None
+        self._graphs: Graphs | None = None
         self.slots = min(slots or self._first_plan(), len(requests))
 
     @property
@@ -89,12 +96,13 @@ class EditsAbreast:
         try:
             if self._step is None:
                 self._open()
-            assert self._step is not None
+            assert self._step is not None and self._graphs is not None
             self._fill()
             busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
             lessons = [self._lesson(number, slot) for number, slot in busy]
             before = self._memory(reset=True)
-            losses = self._step(lessons).tolist()
+            captured = self._planned and len(busy) == self.slots and self._graphs.used
+            losses = self._step(lessons, self._graphs if captured else None, few_shapes=captured).tolist()
         except torch.OutOfMemoryError:
             self._halve()
             return []
@@ -109,23 +117,29 @@ class EditsAbreast:
                 finished.append(self._leave(number, slot))
         if not self._planned and all(slot.progress.curve.steps > 1 for _, slot in busy):
             self._plan(len(busy), self._memory() - before)
+        if not self.left:
+            self._close()
         return finished
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Make the parameter sets."""
+        """Make the parameter sets, and what trains them."""
         own, config = self._trainer.passes.attachment.interventions, self._trainer.config
         interventions = {layer: GroupedBaftIntervention(i, self.slots) for layer, i in own.items()}
         sets = ParameterSets(interventions, config)
-        self._step = TrainingStep(self._trainer.passes, sets, config, self._trainer.step.usage)
+        ending = Ending(config.stop_below, self._device)
+        self._step = TrainingStep(self._trainer.passes, sets, config, self._trainer.step.usage, ending)
+        self._graphs = self._trainer.graphs_for(self._step)
         self._slots = [None] * self.slots
 
     def _close(self) -> None:
         """Give the parameter sets up; what is in training will start anew, before what waits."""
+        if self._graphs is not None:
+            self._trainer.graphs_abreast = self._graphs.report()
         running = [slot.request for slot in self._slots if slot]
         self._waiting.extendleft(sorted(running, key=self._length, reverse=True))
-        self._slots, self._step = [], None
+        self._slots, self._step, self._graphs = [], None, None
 
     def _fill(self) -> None:
         assert self._step is not None

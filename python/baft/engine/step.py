@@ -8,7 +8,7 @@ is captured in a graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class TrainingStep:
         sets: what is trained.
         config: weights and rates.
         usage: by layer the sum of w over the tokens of all finished edits, [r]: the constant part of load balancing.
-        ending: ends edits on the device; None leaves it to the host.
+        ending: ends edits on the device where a step's losses are watched, and puts steps on hold; None does neither.
         world: processes that take each step together; all are given the same lessons.
     """
 
@@ -119,17 +119,25 @@ class TrainingStep:
         self.ending = ending
         self.world = world
 
-    def __call__(self, lessons: Sequence[Lesson]) -> Tensor:
+    def __call__(
+        self,
+        lessons: Sequence[Lesson],
+        compute: Callable[[StepInputs], Found] | None = None,
+        *,
+        few_shapes: bool = False,
+    ) -> Tensor:
         """Train each lesson's set once on it, and wait for it.
 
         Args:
             lessons: at most one for each set.
+            compute: takes the place of ``self.compute``.
+            few_shapes: as ``arrange`` takes it.
 
         Returns:
-            Each edit's loss before the step, in order, on the model's device.
+            Each edit's loss before the step, in order, and perhaps more behind them, on the model's device.
         """
-        inputs = self.arrange(lessons)
-        found = self.compute(inputs)
+        inputs = self.arrange(lessons, few_shapes=few_shapes)
+        found = (compute or self.compute)(inputs)
         # A set that isn't finite any more has diverged, which its loss says; the others are to go on.
         distances = [distance if math.isfinite(distance) else 0.0 for distance in found.distances.tolist()]
         self.sets.retract_far(inputs.sets, distances)
@@ -214,6 +222,8 @@ class TrainingStep:
         if inputs.watch is not None:
             assert self.ending is not None
             left_out = self.ending.judge(per_edit, loss, inputs.watch)
+        elif self.ending is not None and self.ending.holding:
+            left_out = self.ending.held
         distances = self.sets.update(inputs.sets, inputs.rates, left_out)
         if inputs.watch is not None:
             assert self.ending is not None

@@ -34,6 +34,7 @@ class Trainer(Learner):
 
     Attributes:
         ahead: how many steps are begun before it is known what the step before them found.
+        graphs_abreast: what was captured for single edits, the last time that there were some; for people.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class Trainer(Learner):
         ending = Ending(config.stop_below, device)
         sets = ParameterSets(passes.attachment.interventions, config)
         self.step = TrainingStep(passes, sets, config, ending=ending, world=passes.options.world)
-        self.graphs = Graphs(self.step, CudaCapture(device), self._why_no_graphs())
+        self.graphs = self.graphs_for(self.step)
+        self.graphs_abreast: str | None = None
         self.ahead = 1 if device.type == "cuda" else 0
 
     def take_steps(self, plan: Plan, ended: Ended) -> None:
@@ -71,7 +73,12 @@ class Trainer(Learner):
 
     def report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""
-        return {**self.passes.report(), "graphs": self.graphs.report()}
+        abreast = {} if self.graphs_abreast is None else {"graphs_abreast": self.graphs_abreast}
+        return {**self.passes.report(), "graphs": self.graphs.report(), **abreast}
+
+    def graphs_for(self, step: TrainingStep) -> Graphs:
+        """What computes the steps of ``step``, which has an ``ending``, on this trainer's device."""
+        return Graphs(step, CudaCapture(device_of(self.passes.model)), self._why_no_graphs())
 
     def _why_no_graphs(self) -> str | None:
         if not self.passes.options.graphs:
