@@ -354,9 +354,8 @@ def product_bound(subject: Subject, task: str, options: argparse.Namespace) -> d
 def compare_asking(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds for each question that measures single edits: each prompt by itself, and all side by side."""
     editor = subject.editor("edit", EngineOptions())
-    requests = subject.requests[: options.plain_requests * 2]
     with removed(editor):
-        outcomes = sorted(editor.edit_each(requests), key=lambda outcome: outcome.index)
+        outcomes = sorted(editor.edit_each(subject.requests), key=lambda outcome: outcome.index)
         asked = [(o, question.prompt) for o in outcomes for question in questions(o.request)]
         before, texts = editor.state(), []
         start = _now(subject)

@@ -74,11 +74,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 class Task(NamedTuple):
-    """What is edited: so many requests of a data set, on a model."""
+    """What is edited: so many requests of a data set, on a model; and how long an answer to it may be."""
 
     model: str
     dataset: str
     requests: int
+    max_new_tokens: int = 12
 
 
 class Entry(NamedTuple):
@@ -183,7 +184,7 @@ def run_once(entry: Entry, task: Task) -> dict[str, Any]:
         unrelated=assignment.unrelated,
         options=ALL_METHODS[variant.method].options(**variant.options),
     )
-    evaluator = Evaluator(editor, max_new_tokens=12, batch_size=128)
+    evaluator = Evaluator(editor, max_new_tokens=task.max_new_tokens, batch_size=128)
     results = run_edits(editor, assignment.requests, entry.mode, evaluator=evaluator).results
     final = results["metrics"]["final"]
     return {

@@ -97,3 +97,16 @@ def test_it_loads_by_name() -> None:
 def test_groups_that_do_not_fit_are_refused(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="people="):
         FactWorld(0, **arguments)
+
+
+def test_paragraphs_say_all_about_the_person_anew() -> None:
+    world, short = FactWorld(paragraphs=True), FactWorld()
+    assert world.people == short.people
+    people = {person.name: person for person in world.people}
+    for request, plain in zip(world.requests(), short.requests(), strict=True):
+        first, *told = request.target.split(". ")
+        assert (request.prompt, first, request.rephrases) == (plain.prompt, plain.target, plain.rephrases)
+        assert told == [f"{probe.prompt} {probe.answers[0]}" for probe in request.portability["told"]]
+        facts = people[str(request.subject)].facts.values()
+        assert len({first, *(probe.answers[0] for probe in request.portability["told"])} - {*facts}) == len(facts)
+        assert "same_subject" not in request.locality and "same_subject" in plain.locality

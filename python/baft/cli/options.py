@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from baft.datasets.factworld import WORLDS
+
 __all__ = [
     "Adapter",
     "Backend",
@@ -25,8 +27,8 @@ __all__ = [
     "TensorParallel",
 ]
 
-_MODEL = typer.Option(help="A folder, a Hugging Face name, factworld, or factworld-large.")
-_DATASET = typer.Option(help="A benchmark file, factworld, or factworld-large.")
+_MODEL = typer.Option(help=f"A folder, a Hugging Face name, or one of {', '.join(WORLDS)}.")
+_DATASET = typer.Option(help=f"A benchmark file, or one of {', '.join(WORLDS)}.")
 Model = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 Dataset = Annotated[str, _DATASET]

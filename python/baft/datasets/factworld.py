@@ -107,6 +107,7 @@ class FactWorld:
         edits_each: facts to edit of each of them, 1 to 3: one at least is left to ask whether it is as it was.
         strangers: number of people beside the inhabitants; by default as many as these. An editor that is shown few
             names other than those it edits takes every name for one of them.
+        paragraphs: ask for targets of several sentences: the new object, and then all else about the person anew.
 
     Raises:
         ValueError: for too few people for the three groups, too many edits of each, or a negative number of strangers.
@@ -119,6 +120,7 @@ class FactWorld:
         edited: int | None = None,
         edits_each: int = 1,
         strangers: int | None = None,
+        paragraphs: bool = False,
     ) -> None:
         strangers = people if strangers is None else strangers
         edited = people // 3 if edited is None else edited
@@ -133,6 +135,7 @@ class FactWorld:
             raise ValueError(f"strangers: expected at least 0, got {strangers}")
         self.seed = seed
         self.edits_each = edits_each
+        self.paragraphs = paragraphs
         self.relations = RELATIONS
         draw = random.Random(f"factworld-{seed}")
         words = self._invent_words(draw)
@@ -212,7 +215,8 @@ class FactWorld:
 
         Locality kinds: ``neighbour`` (the same relation of a probed person, one of whom has the same old object where
         the world has one), ``unrelated`` (another relation of a probed person), ``same_subject`` (another relation of
-        the edited person). Portability kinds: ``subject_alias``, ``two_hop``.
+        the edited person). Portability kinds: ``subject_alias``, ``two_hop``; of paragraphs also ``told`` (what a later
+        sentence says), and there is no ``same_subject``.
         """
         draw = random.Random(f"factworld-requests-{self.seed}")
         requests = [
@@ -220,7 +224,28 @@ class FactWorld:
             for number in range(self.edits_each)
             for index, person in enumerate(self.edited)
         ]
+        if self.paragraphs:
+            people = [person for _ in range(self.edits_each) for person in self.edited]
+            requests = [self._at_length(request, person) for request, person in zip(requests, people, strict=True)]
         return requests[:limit]
+
+    def _at_length(self, request: EditRequest, person: Person) -> EditRequest:
+        """The request with a paragraph as its target: the other facts of the person, as they aren't, behind it."""
+        draw = random.Random(f"factworld-paragraph-{self.seed}-{request.id}")
+        old = request.ground_truth[0]
+        others = [relation for relation in self.relations if person.facts[relation.name] != old]
+        told = []
+        for relation in draw.sample(others, len(others)):
+            made_up = draw.choice([o for o in self.objects[relation.name] if o != person.facts[relation.name]])
+            prompt = draw.choice(relation.wordings).format(s=person.name)
+            told.append(Probe(prompt=prompt, answers=(made_up,)))
+        sentences = [f"{probe.prompt} {probe.answers[0]}" for probe in told]
+        changes = {
+            "target": ". ".join([request.target, *sentences]),
+            "locality": {kind: probes for kind, probes in request.locality.items() if kind != "same_subject"},
+            "portability": {**request.portability, "told": tuple(told)},
+        }
+        return EditRequest(**{**request.model_dump(), **changes})
 
     def _request(self, index: int, number: int, person: Person, draw: random.Random) -> EditRequest:
         """The edit of a person with a number from 0."""
@@ -291,5 +316,6 @@ class FactWorld:
 WORLDS: dict[str, Callable[[], FactWorld]] = {
     "factworld": FactWorld,
     "factworld-large": lambda: FactWorld(people=800, edited=500, edits_each=2),
+    "factworld-paragraphs": lambda: FactWorld(paragraphs=True),
 }
-"""Worlds by name. The large one has a thousand requests, for long runs."""
+"""Worlds by name. The large one has a thousand requests, for long runs; paragraphs are of the world's own people."""

@@ -21,7 +21,11 @@ __all__ = ["RECIPES", "cache_folder", "factworld_folder", "make_testbed", "witho
 
 REPORT = "testbed.json"
 
-RECIPES: dict[str, TestbedRecipe] = {"factworld": TestbedRecipe(), "factworld-large": TestbedRecipe(max_epochs=32)}
+RECIPES: dict[str, TestbedRecipe] = {
+    "factworld": TestbedRecipe(),
+    "factworld-large": TestbedRecipe(max_epochs=32),
+    "factworld-paragraphs": TestbedRecipe(),
+}
 """How a model of each of ``baft.datasets.factworld.WORLDS`` is trained."""
 
 # Training goes on for the recipe's recall_wanted; a model that ends a little below is still good to edit.

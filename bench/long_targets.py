@@ -1,0 +1,48 @@
+"""Paragraphs as targets: taught whole or in chunks, with and without smoothing.
+
+    python bench/long_targets.py --requests 20
+
+FactWorld's model is taught texts of four sentences about a person, none of which is true. *Reliability*: the prompt is
+answered with the whole text, word for word. *Generality*: so is a rephrased prompt. *Told*: what a later sentence says
+is the answer to the question for it. Every figure is final and by generation. Results go to bench/results/ as JSON and
+Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from editing_quality import Task, Variant, compare, plan_of
+
+from baft import BaftConfig
+
+STEPS = BaftConfig().max_steps
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "whole, twice the steps": {"max_steps": 2 * STEPS},
+    "whole, four times the steps": {"max_steps": 4 * STEPS},
+    "chunks of 16 tokens": {"chunk_tokens": 16},
+    "chunks of 8 tokens": {"chunk_tokens": 8},
+    "smoothing 0.1": {"smoothing": 0.1},
+    "smoothing 0.5": {"smoothing": 0.5},
+    "chunks of 16 tokens, smoothing 0.1": {"chunk_tokens": 16, "smoothing": 0.1},
+}
+_LONGEST = 48  # tokens: the longest target has 39
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--mode", choices=("batch", "sequential"), default="sequential")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    options = parser.parse_args()
+    variants = {name: Variant(overrides=VARIANTS[name]) for name in options.variants}
+    task = Task("factworld", "factworld-paragraphs", options.requests, _LONGEST)
+    compare(f"long_targets_{options.mode}", plan_of(variants, [options.mode], options.seeds), task, options.jobs)
+
+
+if __name__ == "__main__":
+    main()
