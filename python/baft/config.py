@@ -57,6 +57,8 @@ class BaftConfig(BaseModel):
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
             target in the old answer's place: the model's own rephrasings. What is rehearsed comes as one of them half
             the time. 0 learns none, and there are none without ``subject_texts`` or a request's ``subject``.
+        contexts: the prompt itself behind an unrelated text, in so many ways, joins the retellings: for a model that
+            shall be asked in the middle of a text.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
@@ -107,6 +109,7 @@ class BaftConfig(BaseModel):
     unrelated_per_step: Count = 48
     subject_texts: Count = 12
     retellings: Count = 3
+    contexts: Count = 0
     balance_weight: Weight = 0.0
 
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -231,16 +231,21 @@ class TrainedEditor(ABC):
             raise ValueError(
                 f'positions="subject": expected a subject in the prompt {request.prompt!r}, got {request.subject!r}'
             )
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self._positions()
         if limit is not None and len(row.ids) > limit:
             raise ValueError(
                 f"prompt: expected at most {limit} tokens with its target, got {len(row.ids)} in {request.prompt!r}"
             )
         return row
 
+    def _positions(self) -> int | None:
+        """How long a text the model takes, in tokens; None where it doesn't say."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
+
     def _unrelated_texts(self) -> UnrelatedPool:
         self._unrelated = self._unrelated or self._write_unrelated()
-        return UnrelatedPool(self._unrelated, self.encoder)
+        return UnrelatedPool(self._unrelated, self.encoder, self._positions())
 
     def _surroundings(self) -> Surroundings:
         wanted = self.config.locality_weight > 0 or self.config.retellings > 0

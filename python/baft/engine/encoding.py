@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "in_chunks"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Words", "in_chunks"]
 
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
+
+
+class Words(NamedTuple):
+    """What was encoded."""
+
+    prompt: str
+    target: str
+    subject: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +36,14 @@ class Encoded:
         subject: the subject's columns, first and last + 1; None if unknown. A subject "" is known not to be there: no
             columns.
         given: how many tokens behind the prompt are given as the prompt is, and not learned.
+        words: what it was encoded from, where that was a prompt and its whole target; the tokens alone tell two apart.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     subject: tuple[int, int] | None = None
     given: int = 0
+    words: Words | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer_start(self) -> int:
@@ -115,7 +126,8 @@ class Encoder:
             tail = self.tokenizer(separator + target, add_special_tokens=False)["input_ids"]
         if self.append_eos if append_eos is None else append_eos:
             tail = [*tail, self.tokenizer.eos_token_id]
-        return Encoded((*head.ids, *tail), head.prompt_length, head.subject)
+        words = Words(prompt, target, subject)
+        return Encoded((*head.ids, *tail), head.prompt_length, head.subject, words=words)
 
     def _in_template(self, prompt: str) -> str:
         return self.template.replace("{prompt}", prompt)

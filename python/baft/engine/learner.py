@@ -132,7 +132,9 @@ class Learner(ABC):
         return retold[drawn] if drawn < len(retold) else row
 
     def _retold(self, row: Encoded) -> tuple[Encoded, ...]:
-        return self.surroundings.retold(row) if self.config.retellings else ()
+        if not self.config.retellings:
+            return ()
+        return (*self.surroundings.retold(row), *self.unrelated.behind(row, self.config.contexts))
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""
