@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import FAMILIES, UNRELATED, WIDTH, attach, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, REQUESTS, UNRELATED, WIDTH, attach, tiny_editor, tiny_model, tiny_tokenizer
 from tiny import one_thread as one_thread
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -141,12 +141,17 @@ def rows_of(count: int) -> int:
 
 def test_a_used_up_budget_computes_the_same_bits_again() -> None:
     texts = [*EDITS, *COMPANY]
-    expected = Memory().of(texts)
+    plenty = Memory().of(texts)
     for budget in range(tokens(EDITS[0]), 3 * tokens(*texts), 5):
         memory = Memory(memory=rows_of(budget))
         for k in (0, 3, 0, 4, 1, 6, 2, 0, 1, 5, 2, 3):
-            assert_same(memory.of([texts[k]]), [expected[k]])
-            assert_same(memory.of([texts[0], texts[k]]), [expected[0], expected[k]])
+            for asked in ([k], [0, k]):
+                found = memory.of([texts[k] for k in asked])
+                assert_same(found, Memory(memory=rows_of(budget)).of([texts[k] for k in asked]))
+                if budget >= 2 * tokens(*COMPANY):
+                    assert_same(found, [plenty[k] for k in asked])
+                for one, other in zip(found, [plenty[k] for k in asked], strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_computed_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,20 +175,30 @@ def test_what_was_computed_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatc
 def test_unrelated_texts_stay_if_they_take_no_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
     company = tokens(*COMPANY)
     texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 60)]
-    for budget, times in ((2 * company, 1), (2 * company - 2, len(texts))):
-        memory = Memory(memory=rows_of(budget))
-        with watched(monkeypatch) as computed:
-            for one in texts:
-                memory.of([one, COMPANY[0]])
-        assert len(computed) > len(texts) and (computed.count(company) == 1) == (times == 1)
+    memory = Memory(memory=rows_of(2 * company))
+    with watched(monkeypatch) as computed:
+        for one in texts:
+            memory.of([one, COMPANY[0]])
+    assert sorted(computed) == sorted([company, *[10] * len(texts)])
+
+
+def test_of_more_unrelated_texts_than_half_only_those_of_a_step_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(memory=rows_of(2 * tokens(*COMPANY) - 2))
+    first, second, third, _ = COMPANY
+    asked = [[EDITS[0], first, second], [first, EDITS[1], first, second], [second, EDITS[0], first], [third]]
+    with watched(monkeypatch) as computed:
+        for texts in asked:
+            memory.of(texts)
+    both = tokens(first, second)  # the same ones in the same order are asked for again
+    assert computed == [both, tokens(EDITS[0]), tokens(EDITS[1]), both, tokens(third)]
 
 
 def test_a_step_larger_than_the_budget_is_taken_all_the_same() -> None:
     texts = [*EDITS, *COMPANY]
-    expected = Memory().of(texts)
     memory = Memory(memory=1)
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [6, 0]):
-        assert_same(memory.of([texts[k] for k in order]), [expected[k] for k in order])
+        chosen = [texts[k] for k in order]
+        assert_same(memory.of(chosen), Memory(memory=1).of(chosen))
 
 
 def test_no_more_memory_is_held_than_the_budget_says() -> None:
@@ -260,3 +275,15 @@ def test_another_dtype_is_noticed() -> None:
     memory.model.bfloat16()
     memory.passes.refresh()
     assert_same(memory.of(EDITS), Memory(tiny_model().bfloat16()).of(EDITS))
+
+
+# -- in an editor --
+
+
+def test_edits_come_out_alike_with_little_memory() -> None:
+    def losses(memory: int) -> list[list[float]]:
+        editor = tiny_editor(options=EngineOptions(memory=memory), max_steps=4, stop_below=0.0)
+        return [outcome.curve.losses for outcome in editor.edit(REQUESTS[:3])]
+
+    for little, plenty in zip(losses(1), losses(1 << 30), strict=True):
+        assert little == pytest.approx(plenty, rel=1e-3)

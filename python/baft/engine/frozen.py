@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,10 +21,13 @@ Tokens = tuple[int, ...]
 class FrozenStates:
     """By text, what the first edited block returns before its edit, and what the unedited model's head is given.
 
-    A text is always computed in the same company, so that what is remembered doesn't depend on what was asked for
-    before: a run that was interrupted and resumed gets the same bits. When ``budget`` is used up what was computed
-    longest ago makes room, half of all at a time; where that isn't enough for a single step, everything does. Texts
-    with company, which are asked for all the time, stay until then, if they take no more than half.
+    What is given doesn't depend on what was asked for before: a run that was interrupted and resumed gets the same
+    bits. So each text is always computed in the same company, or alone. When ``budget`` is used up what was computed
+    longest ago makes room, half of all at a time; where that isn't enough for a single step, everything does.
+
+    Texts with company are asked for all the time, a few of many at each step. They stay, if they take no more than half
+    of the budget. Where they take more, none of them is remembered: to compute one with all its company, and forget it
+    before it comes again, would be tens of texts for each. Those of a step are then computed together, at each step.
 
     Args:
         replay: runs the model.
@@ -46,6 +50,7 @@ class FrozenStates:
         self._lay_out = lay_out
         self._company = {text.ids: texts for texts in company for text in texts}
         self._budget = budget
+        self._passing: _Passing | None = None
         self._forget()
         self._weights = self._versions()
 
@@ -62,17 +67,17 @@ class FrozenStates:
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
         self._know(texts)
-        places = self._places
+        places = [self._places_of(text) for text in texts]
         # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
         width = grid.ids.shape[1]
-        index = [places.start(texts[0].ids)] * grid.ids.numel()
-        for text, start in zip(texts, grid.starts, strict=True):
+        index = [places[0][0]] * grid.ids.numel()
+        for own, start in zip(places, grid.starts, strict=True):
             row = start - start % width
-            index[row : row + width] = [places.start(text.ids)] * width
-        for text, start in zip(texts, grid.starts, strict=True):
-            first = places.start(text.ids)
-            index[start : start + len(text.ids)] = range(first, first + len(text.ids))
-        return self._prefixes.at(index).view(*grid.ids.shape, -1)
+            index[row : row + width] = [own[0]] * width
+        for own, start in zip(places, grid.starts, strict=True):
+            index[start : start + len(own)] = own
+        passing = None if self._passing is None else self._passing.prefix
+        return _gathered(self._prefixes, passing, index).view(*grid.ids.shape, -1)
 
     def head_input(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
         """What the unedited model's head is given at the tokens of ``texts``, one text behind the other.
@@ -81,11 +86,10 @@ class FrozenStates:
             [rows, d], by default one for each token; those behind the last token repeat the first.
         """
         self._know(texts)
-        index: list[int] = []
-        for text in texts:
-            first = self._places.start(text.ids)
-            index += range(first, first + len(text.ids))
-        return self._head_inputs.at(index + index[:1] * (0 if rows is None else rows - len(index)))
+        index = [place for text in texts for place in self._places_of(text)]
+        passing = None if self._passing is None else self._passing.head_input
+        padding = index[:1] * (0 if rows is None else rows - len(index))
+        return _gathered(self._head_inputs, passing, index + padding)
 
     def forget_if_changed(self) -> bool:
         """Forget all if the model's weights are others than they were, or were written to; returns whether they are."""
@@ -93,18 +97,31 @@ class FrozenStates:
         changed = weights != self._weights
         if changed:
             self._forget()
+            self._passing = None
             self._weights = weights
         return changed
 
     def _forget(self) -> None:
-        self._places = _Places({text: len(text) for text in self._company})
+        each = 2 * self._attachment.blocks.width * self._replay.model.dtype.itemsize
+        self._places = _Places({text: len(text) for text in self._company}, self._budget // each)
         self._prefixes = _Rows()
         self._head_inputs = _Rows()
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
 
+    def _places_of(self, text: Encoded) -> range:
+        """The numbers of a text's vectors: from 0 of those that are remembered, from -1 down of those that pass."""
+        if self._passing is not None and text.ids in self._passing.starts:
+            first = ~self._passing.starts[text.ids]
+            return range(first, first - len(text.ids), -1)
+        first = self._places.start(text.ids)
+        return range(first, first + len(text.ids))
+
     def _know(self, texts: Sequence[Encoded]) -> None:
+        if not self._places.favours:
+            self._pass([text for text in texts if text.ids in self._company])
+            texts = [text for text in texts if text.ids not in self._company]
         missing = self._missing(texts)
         if not self._places.have_room(missing):
             if self._places.overfull:
@@ -115,19 +132,33 @@ class FrozenStates:
             if not self._places.have_room(missing):
                 self._forget()
                 missing = self._missing(texts)
+        limit = self._places.limit
         for group in missing:
-            grid = self._lay_out(group)
-            with self._attachment.disabled():
-                observed = self._replay.observe(grid)
-            prefix, head_input = observed.prefix.flatten(0, 1), observed.head_input.flatten(0, 1)
-            limit = self._places.limit_to(self._budget // (prefix[0].nbytes + head_input[0].nbytes))
-            for text, start in zip(group, grid.starts, strict=True):
+            starts, prefix, head_input = self._observed(group)
+            for text, start in zip(group, starts, strict=True):
                 if not self._places.knows(text.ids):
                     cells = slice(start, start + len(text.ids))
                     place = self._places.next(text.ids)
                     self._prefixes.put(place, prefix[cells], limit)
                     self._head_inputs.put(place, head_input[cells], limit)
                     self._places.add(text.ids, place)  # when it is there: memory may have run out
+
+    def _pass(self, texts: Sequence[Encoded]) -> None:
+        """Compute texts together, for now: the same ones may be asked for once more, and no others."""
+        unique = {text.ids: text for text in texts}
+        if self._passing is not None and [*self._passing.starts] == [*unique]:
+            return
+        self._passing = None
+        if unique:
+            starts, prefix, head_input = self._observed([*unique.values()])
+            self._passing = _Passing(dict(zip(unique, starts, strict=True)), prefix, head_input)
+
+    def _observed(self, texts: Sequence[Encoded]) -> tuple[Sequence[int], Tensor, Tensor]:
+        """What the model computes of texts together: where each begins among the vectors, [cells, d], and those."""
+        grid = self._lay_out(texts)
+        with self._attachment.disabled():
+            observed = self._replay.observe(grid)
+        return grid.starts, observed.prefix.flatten(0, 1), observed.head_input.flatten(0, 1)
 
     def _missing(self, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
         """Groups of texts to compute, so that all of ``texts`` are known."""
@@ -139,37 +170,39 @@ class FrozenStates:
         return list(groups.values())
 
 
+@dataclass(frozen=True)
+class _Passing:
+    """Vectors of texts that aren't remembered, and the row at which each text begins."""
+
+    starts: Mapping[Tokens, int]
+    prefix: Tensor
+    head_input: Tensor
+
+
 class _Places:
     """Where texts stand, one behind the other, each with as many rows as it has tokens.
 
     Args:
         favoured: texts that have places of their own, if these are no more than half of all, and their tokens.
+        limit: rows that there are, but for what a single step needs beyond.
+
+    Attributes:
+        favours: whether the favoured have places of their own.
     """
 
-    def __init__(self, favoured: Mapping[Tokens, int]) -> None:
-        self._limit: int | None = None
-        self._favoured = favoured
+    def __init__(self, favoured: Mapping[Tokens, int], limit: int) -> None:
+        self.limit = limit
+        wanted = sum(favoured.values())
+        self.favours = wanted <= limit // 2
+        self._favoured = favoured if self.favours else {}
         self._favoured_starts: dict[Tokens, int] = {}
         self._next_favoured = 0
         # The favoured have the rows before ``_first``. The others are filled up to ``_end``: all of them at first, then
         # one half after the other.
-        self._first = sum(favoured.values())
+        self._first = wanted if self.favours else 0
         self._starts: dict[Tokens, int] = {}
         self._next = self._first
-        self._end: int | None = None
-
-    def limit_to(self, rows: int) -> int:
-        """Have no more rows than these, but for what a single step needs beyond; the first limit counts.
-
-        Returns:
-            The limit.
-        """
-        if self._limit is None:
-            self._limit = rows
-            if self._first > rows // 2:
-                self._favoured, self._first, self._next = {}, 0, 0
-            self._end = rows
-        return self._limit
+        self._end = limit
 
     def knows(self, text: Tokens) -> bool:
         return text in self._starts or text in self._favoured_starts
@@ -180,12 +213,12 @@ class _Places:
     @property
     def overfull(self) -> bool:
         """Whether a step needed more than the limit."""
-        return self._limit is not None and self._next > self._limit
+        return self._next > self.limit
 
     def have_room(self, groups: Sequence[Sequence[Encoded]]) -> bool:
         """Whether so many more texts fit; where nothing is, there always is room."""
         tokens = sum(len(text.ids) for group in groups for text in group if text.ids not in self._favoured)
-        return not tokens or not self._starts or self._end is None or self._next + tokens <= self._end
+        return not tokens or not self._starts or self._next + tokens <= self._end
 
     def next(self, text: Tokens) -> int:
         """A place for a text."""
@@ -200,14 +233,25 @@ class _Places:
 
     def forget_older_half(self) -> None:
         """Go on in the half of the rows that was filled longer ago."""
-        assert self._limit is not None
-        half = (self._first + self._limit) // 2
+        half = (self._first + self.limit) // 2
         if self._next > half:
             self._starts = {text: start for text, start in self._starts.items() if start >= half}
             self._next, self._end = self._first, half
         else:
             self._starts = {text: start for text, start in self._starts.items() if start < half}
-            self._next, self._end = half, self._limit
+            self._next, self._end = half, self.limit
+
+
+def _gathered(remembered: _Rows, passing: Tensor | None, index: Sequence[int]) -> Tensor:
+    """Vectors by number, those that pass by ``~row``."""
+    cells = [cell for cell, place in enumerate(index) if place < 0]
+    if not cells:
+        return remembered.at(index)
+    assert passing is not None
+    rows = passing.index_select(0, sent([~index[cell] for cell in cells], passing.device))
+    if len(cells) == len(index):
+        return rows
+    return remembered.at([max(place, 0) for place in index]).index_copy_(0, sent(cells, rows.device), rows)
 
 
 class _Rows:
