@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help=f"{REQUESTS} by default, {TUNING_REQUESTS} to tune")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--mode", choices=("batch", "sequential"), default="sequential")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     variants = {name: RIVALS[name] for name in options.methods}
     seeds, requests, name = options.seeds, options.requests or REQUESTS, "baselines"

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="factworld")
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     variants = {name: variant(VARIANTS[name], options.requests) for name in options.variants}
     task = Task(options.model, options.dataset, options.requests)

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--modes", nargs="+", choices=("batch", "sequential"), default=("batch", "sequential"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     if options.tune:
         name, plan = "tuning", tuning_plan(options.modes)
@@ -139,12 +139,26 @@ def tuning_plan(modes: Iterable[Mode]) -> list[Entry]:
 
 
 def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
-    """Run a plan, show its table and save it under the data set's and its own name: after each run what is done."""
+    """Run a plan, show its table, and save it under the data set's and its own name: after each run what is done.
+
+    Until all of it is done the files are called ``*.partial.*``. A run that fails is named, and the others go on.
+    """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
-    rows, path = [], None
+    about = {
+        "command": " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "task": task._asdict(),
+        "versions": versions(),
+        "defaults": BaftConfig().model_dump(mode="json"),
+        "runs planned": len(plan),
+    }
+    rows, path, name = [], None, f"{Path(task.dataset).stem}_{name}"
     for runs in run_all(plan, task, jobs, console):
         rows = tabulate(runs)
-        path = save(f"{Path(task.dataset).stem}_{name}", runs, rows, task)
+        path = save(name, runs, rows, about)
+    if path is None:
+        sys.exit("none of the runs came to its end")
     show(rows, console)
     console.print(f"Saved: {path}")
 
@@ -152,7 +166,7 @@ def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
 def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> Iterator[list[dict[str, Any]]]:
     """Run each entry of ``plan``, ``jobs`` at a time in processes of their own, saying how it goes.
 
-    Yields, whenever one is done, what those that are have found, in the order of the plan.
+    Yields, whenever one is done, what those that are have found, in the order of the plan. One that fails is missing.
     """
     load_model(task.model)  # FactWorld's is trained, if need be, before several processes ask for it
     threads = max(1, torch.get_num_threads() // jobs)
@@ -161,14 +175,22 @@ def run_all(plan: list[Entry], task: Task, jobs: int, console: Console) -> Itera
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         futures = {pool.submit(run_once, entry, task): number for number, entry in enumerate(plan)}
-        for done, future in enumerate(as_completed(futures), 1):
-            entry, result = plan[futures[future]], future.result()
-            runs[futures[future]] = {**result, "threads": threads}
-            left = (time.perf_counter() - start) / done * (len(plan) - done) / 60
-            figures = ", ".join(f"{name} {value:.3f}" for name, value in list(result["measures"].items())[:3])
-            said = f"{entry.mode}, {entry.label}, seed {entry.seed}: {figures}"
-            console.print(f"[{done} of {len(plan)}] {said}; {left:.0f} min left", style="dim")
-            yield [runs[number] for number in sorted(runs)]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                entry = plan[futures[future]]
+                left = (time.perf_counter() - start) / done * (len(plan) - done) / 60
+                said = f"[{done} of {len(plan)}] {entry.mode}, {entry.label}, seed {entry.seed}"
+                if error := future.exception():
+                    console.print(f"{said}: failed: {type(error).__name__}: {error}")
+                    continue
+                runs[futures[future]] = {**future.result(), "threads": threads}
+                measures = list(runs[futures[future]]["measures"].items())[:3]
+                figures = ", ".join(f"{name} {value:.3f}" for name, value in measures)
+                console.print(f"{said}: {figures}; {left:.0f} min left", style="dim")
+                yield [runs[number] for number in sorted(runs)]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_once(entry: Entry, task: Task) -> dict[str, Any]:
@@ -228,23 +250,24 @@ def show(rows: list[list[str]], console: Console) -> None:
     console.print(table)
 
 
-def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], task: Task) -> Path:
+def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], about: dict[str, Any]) -> Path:
     """Write the raw runs as JSON and the table as Markdown beside it; returns the latter's path."""
-    about = {
-        "command": " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "task": task._asdict(),
-        "versions": versions(),
-        "defaults": BaftConfig().model_dump(mode="json"),
-    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    planned = about["runs planned"]
+    ending = "" if len(runs) == planned else ".partial"
+    (RESULTS / f"{name}{ending}.json").write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
     header, *body = rows
     table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
-    made = f"commit {about['commit']}, torch {versions()['torch']}, {runs[0]['threads']} threads, {about['date']}"
-    path = RESULTS / f"{name}.md"
-    path.write_text(f"{table}\n\n{task.requests} requests, by generation. `{about['command']}`, {made}.\n")
+    threads = "1 thread" if runs[0]["threads"] == 1 else f"{runs[0]['threads']} threads"
+    made = f"commit {about['commit']}, torch {about['versions']['torch']}, {threads}, {about['date']}"
+    said = f"{about['task']['requests']} requests, by generation. `{about['command']}`, {made}."
+    if ending:
+        said = f"{len(runs)} of {planned} runs. {said}"
+    path = RESULTS / f"{name}{ending}.md"
+    path.write_text(f"{table}\n\n{said}\n")
+    if not ending:
+        for left in RESULTS.glob(f"{name}.partial.*"):
+            left.unlink()
     return path
 
 

@@ -36,12 +36,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--mode", choices=("batch", "sequential"), default="sequential")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     variants = {name: Variant(overrides=VARIANTS[name]) for name in options.variants}
     task = Task("factworld", "factworld-paragraphs", options.requests, _LONGEST)
-    compare(f"long_targets_{options.mode}", plan_of(variants, [options.mode], options.seeds), task, options.jobs)
+    compare("long_targets", plan_of(variants, ["sequential"], options.seeds), task, options.jobs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -16,12 +17,18 @@ import torch
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import editing_quality  # after the folder of the benchmarks is known
+import capacity  # after the folder of the benchmarks is known
+import editing_quality
+import long_targets
 import roofline
 from products import recorded_products
 from report import commit, markdown, provenance
+from rich.console import Console
 from timing import Spread, interleaved
+from tiny import tiny_model, tiny_tokenizer
 from variants import RIVALS, Case
+
+from baft import BaftConfig
 
 CPU = torch.device("cpu")
 CASE = Case(rows=3, d=16, r=2, dtype=torch.float32, training=False)
@@ -121,24 +128,54 @@ def test_the_grid_is_the_same_for_both_methods() -> None:
     assert len({entry.label for entry in plan}) == len(plan)
 
 
-def test_a_comparison_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_comparison_can_be_configured() -> None:
+    for module in (capacity, long_targets):
+        assert [BaftConfig(**changes) for changes in module.VARIANTS.values()]
+
+
+def found(entry: editing_quality.Entry) -> dict[str, Any]:
+    """What a run might have found."""
+    about = {"label": entry.label, "mode": entry.mode, "seed": entry.seed, "parameters": 1}
+    return {**about, "measures": {"reliability": 1.0}, "steps": 1, "seconds_per_edit": 1.0, "threads": 1}
+
+
+def test_a_comparison_keeps_what_is_done_and_says_that_it_is_not_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     variants = {"one": editing_quality.Variant(), "other": editing_quality.Variant("loreft")}
     plan = editing_quality.plan_of(variants, ["sequential"], [0])
+    (tmp_path / "some_comparison.md").write_text("an earlier one")
 
     def one_by_one(*_: object) -> Iterator[list[dict[str, Any]]]:
-        runs = [
-            {
-                **{"label": entry.label, "mode": entry.mode, "parameters": 1, "measures": {"reliability": 1.0}},
-                **{"steps": 1, "seconds_per_edit": 1.0, "threads": 1},
-            }
-            for entry in plan
-        ]
-        yield runs[1:]  # the second was faster
-        assert "| other |" in (tmp_path / "some_comparison.md").read_text()
-        yield runs
+        yield [found(plan[1])]  # the second was faster
+        assert (tmp_path / "some_comparison.md").read_text() == "an earlier one"
+        kept = (tmp_path / "some_comparison.partial.md").read_text()
+        assert "| other |" in kept and "1 of 2 runs" in kept
+        yield [found(entry) for entry in plan]
 
     monkeypatch.setattr(editing_quality, "RESULTS", tmp_path)
     monkeypatch.setattr(editing_quality, "run_all", one_by_one)
     editing_quality.compare("comparison", plan, editing_quality.Task("model", "some.json", 3), 1)
     kept = json.loads((tmp_path / "some_comparison.json").read_text())
     assert [run["label"] for run in kept["runs"]] == ["one", "other"]
+    assert " of 2 runs" not in (tmp_path / "some_comparison.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"some_comparison.json", "some_comparison.md"}
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lines = [json.dumps({"prompt": f"{name} is in", "target": "Norland"}) for name in ("Ada", "Bob")]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    small = {"max_steps": 1, "rank": 2, "settling_rounds": 0, "subject_texts": 0}
+    variants = {
+        name: editing_quality.Variant(overrides={**small, **changes})
+        for name, changes in {"wrong": {"rank": -1}, "right": {}}.items()
+    }
+    said = io.StringIO()
+    task = editing_quality.Task(str(tmp_path), str(tmp_path / "facts.jsonl"), 2)
+    runs = editing_quality.run_all(
+        editing_quality.plan_of(variants, ["sequential"], [0]), task, 1, Console(file=said, width=200)
+    )
+    assert [[run["label"] for run in done] for done in runs] == [["right"]]
+    assert "wrong, seed 0: failed: ValidationError" in said.getvalue()

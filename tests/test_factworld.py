@@ -7,7 +7,8 @@ import random
 import pytest
 
 from baft.datasets import load_dataset
-from baft.datasets.factworld import FactWorld
+from baft.datasets.factworld import WORLDS, FactWorld
+from baft.testbed.folder import RECIPES
 
 
 def test_a_seed_gives_one_world() -> None:
@@ -110,3 +111,9 @@ def test_paragraphs_say_all_about_the_person_anew() -> None:
         facts = people[str(request.subject)].facts.values()
         assert len({first, *(probe.answers[0] for probe in request.portability["told"])} - {*facts}) == len(facts)
         assert "same_subject" not in request.locality and "same_subject" in plain.locality
+    with pytest.raises(ValueError, match="edits_each: expected 1 to 1, got 2"):
+        FactWorld(paragraphs=True, edits_each=2)
+
+
+def test_each_world_has_a_recipe_for_its_model() -> None:
+    assert RECIPES.keys() == WORLDS.keys()

@@ -38,7 +38,7 @@ def editor_with(
     options = changes.pop("options", EngineOptions())
     editor = tiny_editor(model, options=options, **{"max_steps": 8, "batch_passes": 6, **changes})
     trainer = editor._begin()
-    trainer.graphs_for = lambda step: kind(step, capture)  # type: ignore[method-assign]
+    trainer.graphs_for = lambda step, **given: kind(step, capture, **given)  # type: ignore[method-assign]
     trainer.graphs, trainer.ahead = trainer.graphs_for(trainer.step), ahead
     return editor
 
@@ -117,6 +117,30 @@ def test_edits_abreast_are_captured_where_every_slot_is_taken(monkeypatch: pytes
     editor.edit(REQUESTS, "single")  # two at a time, and the fifth by itself
     assert by_graphs == [2] * 2 * editor.config.max_steps
     assert not editor._begin().step.sets.grouped
+
+
+def test_how_many_go_abreast_is_planned_before_any_is_captured() -> None:
+    taped, eager = (editor_with(kind, options=EngineOptions(), stop_below=0.0, max_steps=6) for kind in (Graphs, Eager))
+    outcomes, expected = (sorted(e.edit_each(REQUESTS), key=lambda o: o.index) for e in (taped, eager))
+    assert losses(outcomes) == losses(expected)
+    assert 0 < captured(taped, "graphs_abreast") <= 4  # of six steps the first two plan, and a shape is first seen
+
+
+def test_where_memory_runs_out_graphs_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = TrainingStep.__call__
+
+    def small(step: TrainingStep, lessons: Sequence[Any], *rest: Any, **options: Any) -> Any:
+        if len(lessons) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return call(step, lessons, *rest, **options)
+
+    monkeypatch.setattr(TrainingStep, "__call__", small)
+    editor, alone = (editor_with(kind, options=EngineOptions(slots=n)) for kind, n in ((Graphs, 5), (Eager, 2)))
+    with pytest.warns(RuntimeWarning, match="going on with 2 edits at a time"):
+        outcomes = sorted(editor.edit_each(REQUESTS), key=lambda o: o.index)
+    expected = sorted(alone.edit_each(REQUESTS), key=lambda o: o.index)
+    assert losses(outcomes) == losses(expected)
+    assert captured(editor, "graphs_abreast") > 0
 
 
 def test_an_edit_that_diverges_in_a_graph_leaves_its_neighbour_alone() -> None:

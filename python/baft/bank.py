@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from baft.attach import Attachment
+from baft.engine.transfer import sent
 from baft_kernels import BaftIntervention, GroupedBaftIntervention
 
 __all__ = ["AdapterBank"]
@@ -60,5 +60,7 @@ class AdapterBank:
         bad = [number for number in adapter_ids if not 0 <= number < len(self)]
         if bad:
             raise ValueError(f"adapter_ids: expected numbers from 0 to {len(self) - 1}, got {bad[0]}")
-        with attachment.sets(self._interventions, torch.tensor(adapter_ids)):
+        # Sent once: each layer would wait for a copy of its own.
+        there = next(iter(self._interventions.values())).basis.device
+        with attachment.sets(self._interventions, sent(adapter_ids, there)):
             yield

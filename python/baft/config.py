@@ -23,8 +23,8 @@ class BaftConfig(BaseModel):
     ``factworld_tuning_batch.md`` a grid of learning rates and locality weights, and ``factworld_ablations_batch.md``
     what changing one of them did. Those tables are older than ``subject_texts``, ``retellings``, ``settling_rounds``,
     ``consolidation_steps``, and ``locality_weight`` as it is now; ``long_run_*`` have what these give, with other
-    settings that are said there. What ``smoothing``, ``chunk_tokens`` and growth bring is yet to be measured, so they
-    are off. No larger model was at hand: for one, ``layers``, ``rank`` and ``learning_rate`` are the first to tune.
+    settings that are said there. No larger model was at hand: for one, ``layers``, ``rank`` and ``learning_rate`` are
+    the first to tune.
 
     Attributes:
         rank: r, the number of bases in each edited block.
@@ -46,7 +46,7 @@ class BaftConfig(BaseModel):
         weight_decay: AdamW's.
         project_gradients: project the gradient of each basis to the tangent space before the step.
         append_eos: end each target with EOS, so that generation learns to stop after it.
-        locality_weight: of the locality loss; 0 uses no unrelated texts.
+        locality_weight: of the locality loss; 0 draws no unrelated texts for one.
         locality_loss: ``kl``, the divergence of the edited from the unedited model's predictions at every token of the
             unrelated texts; or ``update``, the mean of ||u||^2 / ||h||^2 over them. ``kl`` lets an edit do what doesn't
             matter, and there is much of that.
@@ -56,9 +56,11 @@ class BaftConfig(BaseModel):
             itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
             target in the old answer's place: the model's own rephrasings. What is rehearsed comes as one of them half
-            the time. 0 learns none, and there are none without ``subject_texts`` or a request's ``subject``.
-        contexts: the prompt itself behind an unrelated text, in so many ways, joins the retellings: for a model that
-            shall be asked in the middle of a text.
+            the time. 0 learns none, and the model writes none without ``subject_texts`` or a request's ``subject``.
+        contexts: so many times the prompt itself, each behind the whole sentences of an unrelated text of at most 200
+            characters, joins the retellings that ``retellings`` are drawn from: for a model that shall be asked in the
+            middle of a text. What is counted from a prompt's beginning ("f3") is then counted from the text's. None
+            of targets in chunks.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
@@ -139,6 +141,12 @@ class BaftConfig(BaseModel):
         if value.count("{prompt}") != 1:
             raise ValueError(f"prompt_template: expected {{prompt}} once in it, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _contexts_are_retellings(self) -> BaftConfig:
+        if self.contexts and not self.retellings:
+            raise ValueError(f"contexts: expected 0 without retellings, which they join, got {self.contexts}")
+        return self
 
     @model_validator(mode="after")
     def _can_grow(self) -> BaftConfig:

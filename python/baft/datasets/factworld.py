@@ -110,7 +110,8 @@ class FactWorld:
         paragraphs: ask for targets of several sentences: the new object, and then all else about the person anew.
 
     Raises:
-        ValueError: for too few people for the three groups, too many edits of each, or a negative number of strangers.
+        ValueError: for too few people for the three groups, too many edits of each (a paragraph is one about all that
+            there is), or a negative number of strangers.
     """
 
     def __init__(
@@ -129,8 +130,9 @@ class FactWorld:
             raise ValueError(
                 f"people={people}, edited={edited}: expected at least 20 people and edited < {people - probed}"
             )
-        if not 1 <= edits_each < len(RELATIONS):
-            raise ValueError(f"edits_each: expected 1 to {len(RELATIONS) - 1}, got {edits_each}")
+        most = 1 if paragraphs else len(RELATIONS) - 1
+        if not 1 <= edits_each <= most:
+            raise ValueError(f"edits_each: expected 1 to {most}, got {edits_each}")
         if strangers < 0:
             raise ValueError(f"strangers: expected at least 0, got {strangers}")
         self.seed = seed
@@ -225,15 +227,14 @@ class FactWorld:
             for index, person in enumerate(self.edited)
         ]
         if self.paragraphs:
-            people = [person for _ in range(self.edits_each) for person in self.edited]
-            requests = [self._at_length(request, person) for request, person in zip(requests, people, strict=True)]
+            requests = [self._at_length(request, k, self.edited[k]) for k, request in enumerate(requests)]
         return requests[:limit]
 
-    def _at_length(self, request: EditRequest, person: Person) -> EditRequest:
+    def _at_length(self, request: EditRequest, index: int, person: Person) -> EditRequest:
         """The request with a paragraph as its target: the other facts of the person, as they aren't, behind it."""
-        draw = random.Random(f"factworld-paragraph-{self.seed}-{request.id}")
-        old = request.ground_truth[0]
-        others = [relation for relation in self.relations if person.facts[relation.name] != old]
+        draw = random.Random(f"factworld-paragraph-{self.seed}-{index}")
+        edited = self._relations_of(index)
+        others = [relation for relation in self.relations if relation not in edited]
         told = []
         for relation in draw.sample(others, len(others)):
             made_up = draw.choice([o for o in self.objects[relation.name] if o != person.facts[relation.name]])
@@ -249,7 +250,7 @@ class FactWorld:
 
     def _request(self, index: int, number: int, person: Person, draw: random.Random) -> EditRequest:
         """The edit of a person with a number from 0."""
-        edited = [self.relations[(index + k) % len(self.relations)] for k in range(self.edits_each)]
+        edited = self._relations_of(index)
         relation = edited[number]
         others = [other for other in self.relations if other not in edited]
         old = person.facts[relation.name]
@@ -276,6 +277,10 @@ class FactWorld:
             },
             portability=portability,
         )
+
+    def _relations_of(self, index: int) -> list[Relation]:
+        """Those of which a person has another object after the edits."""
+        return [self.relations[(index + k) % len(self.relations)] for k in range(self.edits_each)]
 
     def _hop(self, relation: Relation, fact: str) -> str:
         """What follows from ``fact`` (the country of a city, say), or ``fact`` itself where nothing does."""

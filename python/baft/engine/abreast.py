@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ class _Slot:
     start: float = field(default_factory=time.perf_counter)
 
 
+class _Taken(NamedTuple):
+    """A step: who took part, how many edits the lesson of each had, the losses of these, and the bytes that it took."""
+
+    busy: list[tuple[int, _Slot]]
+    edits: list[int]
+    losses: list[float]
+    nbytes: int
+
+
 class EditsAbreast:
     """Edits every request alone, from where the trainer stands, some of them at a time.
 
@@ -54,9 +64,10 @@ class EditsAbreast:
 
     Where memory runs out, the requests being trained go back to wait, and half as many are trained at a time.
 
-    Steps with a request in every slot are captured in graphs, if any are. The last ones, with fewer and fewer, would
-    each be a shape of its own. Losses are read before the next step is arranged: who leaves and who enters depends on
-    them, and with many edits abreast there is always somebody.
+    Steps with a request in every slot are captured in graphs, if any are, as soon as it is planned how many slots there
+    are and a shape comes for the second time. The last steps, with fewer and fewer, would each be a shape of its own.
+    Losses are read before the next step is arranged: who leaves and who enters depends on them, and with many edits
+    abreast there is always somebody.
 
     Args:
         trainer: where each edit starts; it isn't changed.
@@ -94,32 +105,39 @@ class EditsAbreast:
             torch.OutOfMemoryError: if not even one request fits.
         """
         try:
-            if self._step is None:
-                self._open()
-            assert self._step is not None and self._graphs is not None
-            self._fill()
-            busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
-            lessons = [self._lesson(number, slot) for number, slot in busy]
-            before = self._memory(reset=True)
-            captured = self._planned and len(busy) == self.slots and self._graphs.used
-            losses = self._step(lessons, self._graphs if captured else None, few_shapes=captured).tolist()
+            taken = self._take_step()
         except torch.OutOfMemoryError:
+            taken = None
+        if taken is None:  # out here, where the error no longer holds what the step had
             self._halve()
             return []
         finished, first = [], 0
-        for (number, slot), lesson in zip(busy, lessons, strict=True):
+        for (number, slot), edits in zip(taken.busy, taken.edits, strict=True):
             progress = slot.progress
-            progress.add(losses[first : first + len(progress.taught)])
-            first += len(lesson.edits)
+            progress.add(taken.losses[first : first + len(progress.taught)])
+            first += edits
             if on_step:
                 on_step(progress.curve.steps, progress.steps, progress.curve.losses[-1])
             if progress.over:
                 finished.append(self._leave(number, slot))
-        if not self._planned and all(slot.progress.curve.steps > 1 for _, slot in busy):
-            self._plan(len(busy), self._memory() - before)
+        if not self._planned and all(slot.progress.curve.steps > 1 for _, slot in taken.busy):
+            self._plan(len(taken.busy), taken.nbytes)
         if not self.left:
             self._close()
         return finished
+
+    def _take_step(self) -> _Taken:
+        """One step of all that are in training, with those that enter."""
+        if self._step is None:
+            self._open()
+        assert self._step is not None and self._graphs is not None
+        self._fill()
+        busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
+        lessons = [self._lesson(number, slot) for number, slot in busy]
+        before = self._memory(reset=True)
+        captured = self._planned and len(busy) == self.slots and self._graphs.used
+        losses = self._step(lessons, self._graphs if captured else None, few_shapes=captured).tolist()
+        return _Taken(busy, [len(lesson.edits) for lesson in lessons], losses, self._memory() - before)
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +148,7 @@ class EditsAbreast:
         sets = ParameterSets(interventions, config)
         ending = Ending(config.stop_below, self._device)
         self._step = TrainingStep(self._trainer.passes, sets, config, self._trainer.step.usage, ending)
-        self._graphs = self._trainer.graphs_for(self._step)
+        self._graphs = self._trainer.graphs_for(self._step, at_first=False)
         self._slots = [None] * self.slots
 
     def _close(self) -> None:
@@ -182,7 +200,8 @@ class EditsAbreast:
         """Plan anew by what a step of ``busy`` requests was seen to take."""
         self._planned = True
         set_bytes = 4 * sum(value.nbytes for value in self._trainer.step.sets.parameters().values())
-        planned = slots_that_fit(self._device, self._cells(), taken // busy, set_bytes)
+        graphs = self._graphs is not None and self._graphs.used
+        planned = slots_that_fit(self._device, self._cells(), taken // busy, set_bytes, graphs=graphs)
         if min(planned, len(self._requests)) > self.slots:
             self._close()
             self.slots = min(planned, len(self._requests))

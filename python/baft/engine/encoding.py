@@ -36,7 +36,7 @@ class Encoded:
         subject: the subject's columns, first and last + 1; None if unknown. A subject "" is known not to be there: no
             columns.
         given: how many tokens behind the prompt are given as the prompt is, and not learned.
-        words: what it was encoded from, where that was a prompt and its whole target; the tokens alone tell two apart.
+        words: what it was encoded from, where that was a prompt and its whole target; two are equal by their tokens.
     """
 
     ids: tuple[int, ...]
@@ -61,9 +61,9 @@ def in_chunks(row: Encoded, size: int | None) -> tuple[Encoded, ...]:
 
     A long text is edited so: each chunk is what a model says that has said the earlier ones (after arXiv 2502.05628).
     """
-    if size is None:
-        return (row,)
     length = len(row.ids) - row.prompt_length
+    if size is None or length <= size:
+        return (row,)
     return tuple(
         Encoded(row.ids[: row.prompt_length + first + size], row.prompt_length, row.subject, first)
         for first in range(0, length, size)

@@ -37,13 +37,13 @@ class Ending:
 
     Attributes:
         held: 1 if the next step is on hold, else 0; float32 [], as AdamW takes it.
-        holding: whether the host has put steps on hold: then those heed ``held`` that no loss is to end, too.
+        by_host: whether the host has put steps on hold: then those heed ``held`` that no loss is to end, too.
     """
 
     def __init__(self, stop_below: float, device: torch.device) -> None:
         self.stop_below = stop_below
         self.held = torch.zeros((), device=device)
-        self.holding = False
+        self.by_host = False
         self._highest = torch.zeros((), device=device)
 
     def release(self) -> None:
@@ -55,11 +55,11 @@ class Ending:
         """What is run meanwhile leaves no trace, and what is captured meanwhile can be put on hold."""
         before = self.held.clone()
         self.held.fill_(1.0)
-        self.holding = True
+        self.by_host = True
         try:
             yield
         finally:
-            self.holding = False
+            self.by_host = False
             self.held.copy_(before)
 
     @torch.no_grad()

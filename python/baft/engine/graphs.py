@@ -38,12 +38,17 @@ class Graphs:
         step: the step; it must have an ``ending``.
         capture: captures on the step's device.
         why_not: why nothing is captured; None tries it.
+        at_first: capture a shape when it is first seen, rather than when it comes again.
     """
 
-    def __init__(self, step: TrainingStep, capture: Capture, why_not: str | None = None) -> None:
+    def __init__(
+        self, step: TrainingStep, capture: Capture, why_not: str | None = None, *, at_first: bool = True
+    ) -> None:
         self._step = step
         self._capture = capture
         self._why_not = why_not
+        self._at_first = at_first
+        self._seen: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
 
     @property
@@ -54,8 +59,9 @@ class Graphs:
     def __call__(self, inputs: StepInputs) -> Found:
         """``step.compute(inputs)``; what a graph returns is overwritten by its next replay."""
         shape = _shape(inputs)
-        if shape not in self._graphs and self._why_not is None:
+        if shape not in self._graphs and self._why_not is None and (self._at_first or shape in self._seen):
             self._add(shape, inputs)
+        self._seen.add(shape)
         graph = self._graphs.get(shape)
         if graph is None:
             return self._step.compute(inputs)

@@ -134,7 +134,7 @@ class Learner(ABC):
     def _retold(self, row: Encoded) -> tuple[Encoded, ...]:
         if not self.config.retellings:
             return ()
-        return (*self.surroundings.retold(row), *self.unrelated.behind(row, self.config.contexts))
+        return (*self.surroundings.retold(row), *self.unrelated.behind(row, self.config.contexts, self.config.seed))
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""

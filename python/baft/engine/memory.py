@@ -17,7 +17,9 @@ _CELLS = {"cpu": 2048, "cuda": 32768}
 _SHARE = 0.7
 
 
-def slots_that_fit(device: torch.device, cells: int, lesson_bytes: int | None = None, set_bytes: int = 0) -> int:
+def slots_that_fit(
+    device: torch.device, cells: int, lesson_bytes: int | None = None, set_bytes: int = 0, *, graphs: bool = False
+) -> int:
     """How many lessons to train in one pass, at least 1.
 
     Args:
@@ -25,6 +27,8 @@ def slots_that_fit(device: torch.device, cells: int, lesson_bytes: int | None = 
         cells: of the grid, that one lesson takes.
         lesson_bytes: what a pass was seen to take for each lesson, on a GPU; None before the first pass.
         set_bytes: what each parameter set takes for itself, with its gradients and moments.
+        graphs: whether steps are captured. Graphs hold memory of their own, as much as a step takes, while other steps
+            run without.
     """
     filling = max(1, _CELLS[device.type if device.type in _CELLS else "cuda"] // max(1, cells))
     if device.type != "cuda":
@@ -34,4 +38,5 @@ def slots_that_fit(device: torch.device, cells: int, lesson_bytes: int | None = 
     # What torch has reserved and doesn't use is as good as free.
     free, _ = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(filling, int(_SHARE * (free + reusable) / (lesson_bytes + set_bytes))))
+    share = _SHARE * (free / 2 if graphs else free + reusable)  # what graphs have reserved isn't anybody else's
+    return max(1, min(filling, int(share / (lesson_bytes + set_bytes))))

@@ -19,8 +19,8 @@ class EngineOptions:
         side_by_side: lay several short texts in one row, instead of padding each to the longest.
         slots: single edits trained in one forward pass; None chooses by what memory is free.
         memory: bytes that ``replay`` may remember in.
-        graphs: on an NVIDIA GPU, capture steps in CUDA graphs, one for each shape, and replay them. Off by default, as
-            it has yet to run on one; the tests show it on a stand-in.
+        graphs: on an NVIDIA GPU, capture steps in CUDA graphs, one for each shape, and replay them. Single edits
+            capture anew in each call. Off by default, as it has yet to run on one; the tests show it on a stand-in.
         world: processes that edit together: each trains on a part of every step's texts, all end up with the same
             parameters. Single edits are each process's own.
 

@@ -134,7 +134,8 @@ class TrainingStep:
             few_shapes: as ``arrange`` takes it.
 
         Returns:
-            Each edit's loss before the step, in order, and perhaps more behind them, on the model's device.
+            Each edit's loss before the step, in order, and perhaps more behind them, on the model's device. A graph's
+            next replay overwrites them.
         """
         inputs = self.arrange(lessons, few_shapes=few_shapes)
         found = (compute or self.compute)(inputs)
@@ -222,7 +223,7 @@ class TrainingStep:
         if inputs.watch is not None:
             assert self.ending is not None
             left_out = self.ending.judge(per_edit, loss, inputs.watch)
-        elif self.ending is not None and self.ending.holding:
+        elif self.ending is not None and self.ending.by_host:
             left_out = self.ending.held
         distances = self.sets.update(inputs.sets, inputs.rates, left_out)
         if inputs.watch is not None:

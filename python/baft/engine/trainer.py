@@ -46,6 +46,7 @@ class Trainer(Learner):
         ending = Ending(config.stop_below, device)
         sets = ParameterSets(passes.attachment.interventions, config)
         self.step = TrainingStep(passes, sets, config, ending=ending, world=passes.options.world)
+        self._capture = CudaCapture(device)
         self.graphs = self.graphs_for(self.step)
         self.graphs_abreast: str | None = None
         self.ahead = 1 if device.type == "cuda" else 0
@@ -76,14 +77,14 @@ class Trainer(Learner):
         abreast = {} if self.graphs_abreast is None else {"graphs_abreast": self.graphs_abreast}
         return {**self.passes.report(), "graphs": self.graphs.report(), **abreast}
 
-    def graphs_for(self, step: TrainingStep) -> Graphs:
-        """What computes the steps of ``step``, which has an ``ending``, on this trainer's device."""
-        return Graphs(step, CudaCapture(device_of(self.passes.model)), self._why_no_graphs())
+    def graphs_for(self, step: TrainingStep, *, at_first: bool = True) -> Graphs:
+        """What computes the steps of ``step``, which has an ``ending``, on this trainer's device; see ``Graphs``."""
+        return Graphs(step, self._capture, self._why_no_graphs(step), at_first=at_first)
 
-    def _why_no_graphs(self) -> str | None:
+    def _why_no_graphs(self, step: TrainingStep) -> str | None:
         if not self.passes.options.graphs:
             return "switched off"
-        if self.passes.options.world.parts > 1:
+        if step.world.parts > 1:
             return "several processes take each step together"
         return CudaCapture.why_not(sorted({weight.device for weight in self.passes.model.parameters()}, key=str))
 

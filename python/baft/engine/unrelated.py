@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import random
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 
 from baft.engine.draws import draw_indices
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import Encoded, Encoder, Words
 
 __all__ = ["UnrelatedPool"]
 
-# Tokens that a text before a prompt may have, and how many requests' are remembered.
-_SHORT = 40
+# Characters that a text before a prompt may have, and how many requests' are remembered.
+_SHORT = 200
 _REMEMBERED = 1 << 17
 
-_ENDS = (".", "!", "?")
+# Whole sentences, the marks of Chinese and Japanese among their ends.
+_SENTENCES = re.compile(r".*(?:[.!?\u2026][\"'\u201d\u2019)]*(?=\s|$)|[\u3002\uff01\uff1f])", re.DOTALL)
 
 
 class UnrelatedPool:
@@ -37,6 +40,7 @@ class UnrelatedPool:
         self._encoder = encoder
         self._limit = limit
         self._encoded = [encoder.prompt(text, subject="") for text in self.texts]
+        self._short = [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
@@ -49,28 +53,30 @@ class UnrelatedPool:
         """All texts, ``size`` at a time."""
         return (self._encoded[first : first + size] for first in range(0, len(self._encoded), size))
 
-    def behind(self, row: Encoded, count: int) -> tuple[Encoded, ...]:
+    def behind(self, row: Encoded, count: int, seed: int = 0) -> tuple[Encoded, ...]:
         """A request behind ``count`` of the texts, one each, with what it wants: for the same request the same ones.
 
-        Fewer where few texts are short, and none of a request in chunks. Those that name its subject are left out.
+        Of each text the whole sentences. There are fewer where few texts are short or have any, and none of a request
+        whose target is in chunks. Those that name its subject are left out.
         """
-        return self._behind(row, count) if count else ()
+        return self._behind(row.words, row.ids, count, seed) if count and row.words else ()
 
-    def _put_behind(self, row: Encoded, count: int) -> tuple[Encoded, ...]:
-        if row.words is None:
-            return ()
-        prompt, target, subject = row.words
-        short = [
-            text
-            for text, encoded in zip(self.texts, self._encoded, strict=True)
-            if len(encoded.ids) <= _SHORT and not (subject and subject in text)
-        ]
+    def _put_behind(self, words: Words, ids: tuple[int, ...], count: int, seed: int) -> tuple[Encoded, ...]:
+        prompt, target, subject = words
+        texts = [text for text in self._short if not (subject and subject in text)]
+        if not texts:
+            warnings.warn(
+                f"contexts: none of {len(self)} unrelated texts has whole sentences of at most {_SHORT} characters",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         # Drawn by the request alone, so that it doesn't matter what was edited before.
-        chosen = random.Random(repr(row.ids)).sample(short, min(count, len(short)))
-        pairs = (self._encoder.pair(f"{_sentence(text)} {prompt}", target, subject) for text in chosen)
+        chosen = random.Random(f"{seed} {ids}").sample(texts, min(count, len(texts)))
+        pairs = (self._encoder.pair(f"{text} {prompt}", target, subject) for text in chosen)
         return tuple(pair for pair in pairs if self._limit is None or len(pair.ids) <= self._limit)
 
 
-def _sentence(text: str) -> str:
-    text = text.rstrip()
-    return text if text.endswith(_ENDS) else f"{text}."
+def _whole_sentences(text: str) -> str:
+    """Without what stands behind the last sentence's end."""
+    found = _SENTENCES.match(text)
+    return found[0].strip() if found else ""

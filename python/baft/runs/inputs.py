@@ -76,7 +76,7 @@ def load_model(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model: expected a folder, a Hugging Face name or {' or '.join(WORLDS)}, got {name!r} ({reason})"
+            f"model: expected a folder, a Hugging Face name or one of {', '.join(WORLDS)}, got {name!r} ({reason})"
         ) from error
     if not options:
         model.to(default_device())  # type: ignore[arg-type]  # transformers' decorator hides its signature
