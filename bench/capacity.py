@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"rank grows from {RANK} to {2 * RANK}": {"grow_by": RANK // 8, "max_rank": 2 * RANK},
     "growth and load balancing": {**GROWTH, "balance_weight": 0.05},
     "load balancing, weight 0.05": {"balance_weight": 0.05},
+    "contexts 4": {"contexts": 4},
     "smoothing 0.1": {"smoothing": 0.1},
     "smoothing 0.5": {"smoothing": 0.5},
 }

@@ -2,6 +2,7 @@
 
     python bench/long_run.py                                              FactWorld (large), 1,000 requests
     python bench/long_run.py --model cf1200 --dataset counterfact.json    a benchmark, with a testbed that knows it
+    python bench/long_run.py --edits 300 --remember 32                    is memory flat, once what it may be is used up?
 
 Runs as ``baft run --mode sequential`` does, in a folder that is kept; broken off, the same command goes on. Prints the
 final measures, the cost of an edit at the beginning and at the end, the share of time that journal and checkpoints
@@ -49,10 +50,13 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--measure-every", type=int, default=100)
     parser.add_argument("--config", type=Path, help="a YAML file with fields of BaftConfig, in place of ours")
+    parser.add_argument("--remember", type=int, help="MiB that the engine may remember texts in, as of baft run")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/long/... by default")
     options = parser.parse_args()
     ours = FACTWORLD if options.dataset in WORLDS else BENCHMARK
     name = f"{Path(options.dataset).stem}_{options.method}_{options.edits}"
+    if options.remember:
+        name += f"_in_{options.remember}_mib"
     folder = options.out or Path("runs/long") / name
     words = RunWords(
         model=options.model,
@@ -62,6 +66,7 @@ def main() -> None:
         config=load_config(options.config) if options.config else ours,
         edits=options.edits,
         measure_every=options.measure_every,
+        remember=options.remember,
     )
     if not (folder / "results.json").exists():
         run(words, folder)
