@@ -232,7 +232,7 @@ class FactWorld:
 
     def _at_length(self, request: EditRequest, index: int, person: Person) -> EditRequest:
         """The request with a paragraph as its target: the other facts of the person, as they aren't, behind it."""
-        draw = random.Random(f"factworld-paragraph-{self.seed}-{index}")
+        draw = random.Random(f"factworld-paragraph-{self.seed}-{request.id}")
         edited = self._relations_of(index)
         others = [relation for relation in self.relations if relation not in edited]
         told = []
