@@ -2,7 +2,7 @@
 
     python bench/long_run.py                                              FactWorld (large), 1,000 requests
     python bench/long_run.py --model cf1200 --dataset counterfact.json    a benchmark, with a testbed that knows it
-    python bench/long_run.py --edits 300 --remember 32                    is memory flat, once the engine has all it may?
+    python bench/long_run.py --edits 300 --remember 32                    is memory flat, once it is used up?
 
 Runs as ``baft run --mode sequential`` does, in a folder that is kept; broken off, the same command goes on. Prints the
 final measures, the cost of an edit at the beginning and at the end, the share of time that journal and checkpoints
