@@ -26,7 +26,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, commit
+from report import RESULTS, commit, counted_threads
 from rich.console import Console
 from rich.table import Table
 
@@ -258,7 +258,7 @@ def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], about: di
     (RESULTS / f"{name}{ending}.json").write_text(json.dumps({**about, "runs": runs}, indent=1) + "\n")
     header, *body = rows
     table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
-    threads = "1 thread" if runs[0]["threads"] == 1 else f"{runs[0]['threads']} threads"
+    threads = counted_threads(runs[0]["threads"])
     made = f"commit {about['commit']}, torch {about['versions']['torch']}, {threads}, {about['date']}"
     said = f"{about['task']['requests']} requests, by generation. `{about['command']}`, {made}."
     if ending:

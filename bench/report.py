@@ -17,7 +17,7 @@ import torch
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "commit", "markdown", "provenance"]
+__all__ = ["RESULTS", "commit", "counted_threads", "markdown", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,10 +58,13 @@ def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
     header, *body = rows
     lines = [[cell.replace("|", "\\|") for cell in line] for line in [header, ["---"] * len(header), *body]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    where = (
-        f"commit {about['commit']}, {about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
-    )
+    threads = counted_threads(about["threads"])
+    where = f"commit {about['commit']}, {about['device']}, {threads}, torch {about['versions']['torch']}"
     return f"{table}\n\n`{about['command']}`, {where}, {about['date']}.\n"
+
+
+def counted_threads(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _cpu_name() -> str:
