@@ -26,7 +26,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, commit, counted_threads
+from report import RESULTS, command, commit, counted_threads
 from rich.console import Console
 from rich.table import Table
 
@@ -145,7 +145,7 @@ def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     about = {
-        "command": " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "task": task._asdict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "commit", "counted_threads", "markdown", "provenance"]
+__all__ = ["RESULTS", "command", "commit", "counted_threads", "markdown", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,7 +39,7 @@ def _git(*arguments: str) -> str:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Command, commit, date, device and versions; a checkout without git says its commit in ``BAFT_COMMIT``."""
     return {
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
@@ -61,6 +62,11 @@ def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
     threads = counted_threads(about["threads"])
     where = f"commit {about['commit']}, {about['device']}, {threads}, torch {about['versions']['torch']}"
     return f"{table}\n\n`{about['command']}`, {where}, {about['date']}.\n"
+
+
+def command() -> str:
+    """What this process was started with, as one types it."""
+    return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def counted_threads(threads: int) -> str:
