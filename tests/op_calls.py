@@ -82,14 +82,19 @@ def draw_call(
     )
 
 
-def draws(rows: int, d: int, r: int, *, some: bool = False, **options: Any) -> list[Call]:
+def draws(rows: int, d: int, r: int, *, some: bool = False, work: int = 1 << 22, **options: Any) -> list[Call]:
     """Calls of one kind on h [rows, d], more of them the smaller they are; with ``some``, on rows drawn for each.
 
-    ``options`` are those of ``draw_call``.
+    Softmax gates now and then put all weight on one basis, and a single such row decides the largest error of all: of
+    24 calls with two rows it was once 2.9 times plain torch's, and 0.9 times that of 100, on the same processor.
+
+    Args:
+        work: multiplications of a projection, of all calls together, up to 96 calls.
+        options: of ``draw_call``.
     """
     calls = []
     size = max(rows, 1) * r * d
-    for seed in range(max(2, min(24, 2**20 // size))):
+    for seed in range(max(2, min(96, work // size))):
         mask = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7 if some else None
         calls.append(draw_call((rows,), d, r, rows=mask, seed=seed, **options))
     return calls

@@ -107,7 +107,7 @@ def emulated(shape: BackwardShape, **options: Any) -> Backend:
 @pytest.mark.parametrize("some", [False, True], ids=["all", "mask"])
 def test_they_are_accurate(shape: BackwardShape, gate_fn: str, some: bool) -> None:
     for rank in (shape.rank - 3,) if some else (shape.rank, 1):
-        calls = draws(37, shape.width, rank, some=some, gate_fn=gate_fn, dtype=shape.dtype)[:12]
+        calls = draws(37, shape.width, rank, some=some, work=1 << 20, gate_fn=gate_fn, dtype=shape.dtype)[:12]
         assert_accurate(emulated(shape), *calls)
 
 
