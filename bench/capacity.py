@@ -1,7 +1,7 @@
-"""What holds as sequential edits grow beyond what the bases can hold: each remedy on its own, against the defaults.
+"""What each part of a sequential run brings, and what else might: one change at a time against the defaults.
 
-    python bench/capacity.py --requests 1000                       every variant, one seed
-    python bench/capacity.py --variants defaults "rank 128"        some of them
+    python bench/capacity.py --model factworld-large --dataset factworld-large --requests 200
+    python bench/capacity.py --variants defaults "rank 128"        some of the variants, on a hundred requests
 
 ``--model`` and ``--dataset`` choose the world, or a benchmark with a testbed that knows it. Every figure is final and
 by generation: all requests are asked after the last edit. Results go to bench/results/ as JSON and Markdown.

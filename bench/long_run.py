@@ -6,8 +6,8 @@
 
 Runs as ``baft run --mode sequential`` does, in a folder that is kept; broken off, the same command goes on. Prints the
 final measures, the cost of an edit at the beginning and at the end, the share of time that journal and checkpoints
-took, and how memory grew, and what of it remembers texts. The figures, the run's results.json and its report go to
-bench/results/.
+took, how memory grew, and how much of it holds remembered texts. The figures, the run's results.json and its report go
+to bench/results/.
 """
 
 from __future__ import annotations

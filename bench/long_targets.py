@@ -3,9 +3,9 @@
     python bench/long_targets.py --requests 20
 
 FactWorld's model is taught texts of four sentences about a person, none of which is true. *Reliability*: the prompt is
-answered with the whole text, word for word. *Generality*: so is a rephrased prompt. *Told*: what a later sentence says
-is the answer to the question for it. Every figure is final and by generation. Results go to bench/results/ as JSON and
-Markdown.
+answered with the whole text, word for word. *Generality*: so is a rephrased prompt. *Told*: asked directly, the model
+answers with what a later sentence says. Every figure is final and by generation. Results go to bench/results/ as JSON
+and Markdown.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class EngineOptions:
         replay: compute what lies below the first edit, and the unedited model's predictions, once for each text.
         head_where_needed: apply the head to the tokens that a loss looks at, and not to all.
         side_by_side: lay several short texts in one row, instead of padding each to the longest.
-        slots: single edits trained in one forward pass; None chooses by what memory is free.
+        slots: single edits trained in one forward pass; None chooses, on a GPU by what memory is free.
         memory: bytes that ``replay`` may remember in.
         graphs: on an NVIDIA GPU, capture steps in CUDA graphs, one for each shape, and replay them. Single edits
             capture anew in each call. Off by default, as it has yet to run on one; the tests show it on a stand-in.
