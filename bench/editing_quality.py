@@ -34,7 +34,7 @@ from baft import BaftConfig
 from baft.baselines.methods import METHODS as ALL_METHODS
 from baft.baselines.methods import make_editor
 from baft.editing import Mode
-from baft.evaluation.measures import Evaluator, Metrics
+from baft.evaluation.measures import Evaluator, Metrics, known_before
 from baft.runs.environment import versions
 from baft.runs.inputs import load_assignment, load_model
 from baft.runs.run import run_edits
@@ -213,6 +213,7 @@ def run_once(entry: Entry, task: Task) -> dict[str, Any]:
         **{"label": entry.label, "mode": entry.mode, "seed": entry.seed, **asdict(variant)},
         "parameters": sum(parameter.numel() for parameter in editor.parameters().values()),
         "measures": dict(_columns(final)),
+        "known before": known_before(final),
         "steps": results["timing"]["steps"],
         "seconds_per_edit": results["timing"]["seconds_per_edit"],
     }
@@ -260,7 +261,7 @@ def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], about: di
     table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
     threads = counted_threads(runs[0]["threads"])
     made = f"commit {about['commit']}, torch {about['versions']['torch']}, {threads}, {about['date']}"
-    said = f"{about['task']['requests']} requests, by generation. `{about['command']}`, {made}."
+    said = f"{about['task']['requests']} requests, by generation. {_known(runs)}`{about['command']}`, {made}."
     if ending:
         said = f"{len(runs)} of {planned} runs. {said}"
     path = RESULTS / f"{name}{ending}.md"
@@ -269,6 +270,13 @@ def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], about: di
         for left in RESULTS.glob(f"{name}.partial.*"):
             left.unlink()
     return path
+
+
+def _known(runs: list[dict[str, Any]]) -> str:
+    """What the unedited model knew of it: no measure can be read without."""
+    known = [run["known before"] for run in runs]
+    shares = ", ".join(f"{fmean(k[asked] for k in known):.1%} of the {asked}" for asked in known[0])
+    return f"The unedited model gave the old answers to {shares}. " if shares else ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A thousand requests, one after another: do the edits hold, and does the thousandth cost what the tenth did?
 
     python bench/long_run.py                                              FactWorld (large), 1,000 requests
-    python bench/long_run.py --model cf1200 --dataset counterfact.json    a benchmark, with a testbed that knows it
+    python bench/long_run.py --model cf1200 --dataset 'counterfact.json[:1200]'    a benchmark, and a testbed that
+                                                                                   knows as many of its records
     python bench/long_run.py --edits 300 --remember 32                    is memory flat, once it is used up?
 
 Runs as ``baft run --mode sequential`` does, in a folder that is kept; broken off, the same command goes on. Prints the
@@ -27,7 +28,7 @@ from rich.console import Console as Terminal
 from baft.config import BaftConfig
 from baft.console import Console
 from baft.datasets.factworld import WORLDS
-from baft.evaluation.matching import matches
+from baft.evaluation.measures import known_before
 from baft.report import write_report
 from baft.runs.folder import RunFolder
 from baft.runs.inputs import load_config
@@ -116,6 +117,7 @@ def figures(folder: Path) -> dict[str, float]:
         for measure in ("reliability", "generality", "locality", "portability")
         if metrics[measure]
     }
+    known = known_before(results["metrics"]["final"])
     whole = sum(session["seconds"] for session in results["sessions"])
     memory = {point["edits"]: point["memory"]["process"] / 2**20 for point in results["retention"]}
     texts = {point["edits"]: (point["memory"]["remembered"] or 0) / 2**20 for point in results["retention"]}
@@ -124,7 +126,7 @@ def figures(folder: Path) -> dict[str, float]:
     return {
         **found,
         **_beyond_retellings(folder / "journal.sqlite"),
-        **_known_rephrasings(folder / "journal.sqlite"),
+        **{f"{asked} that the unedited model gave the old answer to": share for asked, share in known.items()},
         **({"perplexity of held-out texts, unedited": general["before"]} if general else {}),
         **({"perplexity of held-out texts, at the end": general["perplexity"]} if general else {}),
         f"seconds an edit, edits 1 to {stretch}": fmean(seconds[:stretch]),
@@ -151,18 +153,6 @@ def _beyond_retellings(journal: Path) -> dict[str, float]:
         and not (record.request.subject and result.question.prompt.startswith(record.request.subject))
     ]
     return {"final generality, of rephrasings that don't begin with the subject": fmean(right)} if right else {}
-
-
-def _known_rephrasings(journal: Path) -> dict[str, float]:
-    """What generality can hope for: where a model doesn't recognise its own fact, it won't the new one."""
-    known = [
-        matches(result.before, record.request.ground_truth)
-        for record in Journal(journal, read_only=True).records()
-        for result in record.final
-        if result.question.measure == "generality" and record.request.ground_truth
-    ]
-    name = "rephrasings that the unedited model answers with the old fact"
-    return {name: sum(known) / len(known)} if known else {}
 
 
 def _ratio(values: Sequence[float], stretch: int) -> float:

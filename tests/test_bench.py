@@ -136,7 +136,8 @@ def test_every_comparison_can_be_configured() -> None:
 def found(entry: editing_quality.Entry) -> dict[str, Any]:
     """What a run might have found."""
     about = {"label": entry.label, "mode": entry.mode, "seed": entry.seed, "parameters": 1}
-    return {**about, "measures": {"reliability": 1.0}, "steps": 1, "seconds_per_edit": 1.0, "threads": 1}
+    measured = {"measures": {"reliability": 1.0}, "known before": {"prompts": 0.75}}
+    return {**about, **measured, "steps": 1, "seconds_per_edit": 1.0, "threads": 1}
 
 
 def test_a_comparison_keeps_what_is_done_and_says_that_it_is_not_all(
@@ -158,7 +159,9 @@ def test_a_comparison_keeps_what_is_done_and_says_that_it_is_not_all(
     editing_quality.compare("comparison", plan, editing_quality.Task("model", "some.json", 3), 1)
     kept = json.loads((tmp_path / "some_comparison.json").read_text())
     assert [run["label"] for run in kept["runs"]] == ["one", "other"]
-    assert " of 2 runs" not in (tmp_path / "some_comparison.md").read_text()
+    table = (tmp_path / "some_comparison.md").read_text()
+    assert " of 2 runs" not in table
+    assert "The unedited model gave the old answers to 75.0% of the prompts." in table
     assert {path.name for path in tmp_path.iterdir()} == {"some_comparison.json", "some_comparison.md"}
 
 

@@ -13,10 +13,10 @@ from dataset_files import DATA, FACT, write
 from baft.datasets import DatasetError, load_dataset, loading
 
 
-def error_of(source: str | Path, **options: Any) -> str:
+def error_of(source: str | Path) -> str:
     """The message of loading a source, without the folder; it must be one line."""
     with pytest.raises(DatasetError) as caught:
-        load_dataset(source, **options)
+        load_dataset(source)
     message = str(caught.value)
     assert "\n" not in message
     return message.replace(f"{Path(source).parent}{os.sep}", "")
@@ -28,10 +28,19 @@ def test_an_unknown_name_says_what_was_looked_for_and_what_there_is(monkeypatch:
     assert error_of("zrse") == expected
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_takes_nothing(limit: int) -> None:
-    expected = f"limit: expected a positive number of records or None, got {limit}"
-    assert error_of(DATA / "zsre.json", limit=limit) == expected
+@pytest.mark.parametrize(("stretch", "got"), [(":0", "0 to 0"), ("2:1", "2 to 1"), ("2:", "2 to 2"), (":3", "0 to 3")])
+def test_a_stretch_that_the_file_does_not_have(stretch: str, got: str) -> None:
+    expected = f"zsre.json[{stretch}]: expected a stretch of the file's 2 records, got {got}"
+    assert error_of(DATA / f"zsre.json[{stretch}]") == expected
+
+
+def test_a_stretch_counts_from_the_beginning_and_has_no_steps() -> None:
+    for stretch in (":-1", "::2", "1"):
+        assert f"zsre.json[{stretch}]: expected a file or" in error_of(DATA / f"zsre.json[{stretch}]")
+
+
+def test_a_stretch_of_no_file() -> None:
+    assert error_of(DATA / "zrse.json[:1]").startswith("zrse.json[:1]: expected a file or the name of a data set")
 
 
 FILE_ERRORS = {
@@ -193,5 +202,14 @@ def test_mixed_formats_name_the_first_record_that_differs(tmp_path: Path) -> Non
     )
 
 
-def test_records_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
-    assert len(load_dataset(write(tmp_path, [ZSRE, ROME]), limit=1)) == 1
+def test_records_outside_of_a_stretch_are_not_looked_at(tmp_path: Path) -> None:
+    path = write(tmp_path, [ZSRE, ROME, ROME, ZSRE])
+    assert len(load_dataset(f"{path}[1:3]")) == 2
+
+
+def test_a_bad_record_in_a_stretch_is_counted_from_the_beginning_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, [ZSRE, ZSRE, ROME])
+    assert error_of(f"{path}[1:]") == (
+        "facts.json: record 2 (id 7): has the fields of CounterFact, but record 1 has those of ZsRE:"
+        " expected one format in a file"
+    )

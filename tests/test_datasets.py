@@ -9,16 +9,37 @@ import pytest
 from dataset_files import DATA, EXPECTED, FACT, write
 
 from baft.datasets import load_dataset, loading
+from baft.datasets.loading import load_rest
 
 
 def test_a_path_may_be_a_string() -> None:
     assert load_dataset(str(DATA / "zsre.json")) == EXPECTED["zsre.json"]
 
 
-def test_limit_takes_the_first_records_and_keeps_mquake_cases_whole() -> None:
-    assert load_dataset(DATA / "zsre.json", limit=1) == EXPECTED["zsre.json"][:1]
-    assert load_dataset(DATA / "zsre.json", limit=99) == EXPECTED["zsre.json"]
-    assert load_dataset(DATA / "mquake.json", limit=1) == EXPECTED["mquake.json"][:2]
+def test_a_stretch_of_a_file_is_written_as_of_a_list() -> None:
+    whole = EXPECTED["zsre.json"]
+    first, second = whole
+    assert load_dataset(f"{DATA}/zsre.json[:1]") == [first]
+    assert load_dataset(f"{DATA}/zsre.json[1:2]") == [second]
+    assert load_dataset(f"{DATA}/zsre.json[1:]") == [second]
+    assert load_dataset(f"{DATA}/zsre.json[:2]") == whole
+    assert load_dataset(Path(f"{DATA}/zsre.json[:1]")) == [first]
+
+
+def test_what_a_stretch_leaves_is_the_rest() -> None:
+    first, second = EXPECTED["zsre.json"]
+    assert load_rest(f"{DATA}/zsre.json[:1]") == [second]
+    assert load_rest(f"{DATA}/zsre.json[1:]") == [first]
+    assert load_rest(DATA / "zsre.json") == load_rest("factworld") == []
+
+
+def test_a_stretch_of_mquake_keeps_cases_whole() -> None:
+    assert load_dataset(f"{DATA}/mquake.json[:1]") == EXPECTED["mquake.json"][:2]
+
+
+def test_a_file_that_is_called_like_a_stretch_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path, [{**FACT, "target_new": "another"}])
+    assert load_dataset(write(tmp_path, [FACT], "facts.json[:1]"))[0].target == FACT["target_new"]
 
 
 def test_json_lines_are_told_by_their_content_too(tmp_path: Path) -> None:
@@ -38,8 +59,8 @@ def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path) -> None:
 
 def test_a_named_data_set_comes_before_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = EXPECTED["zsre.json"]
-    monkeypatch.setitem(loading.NAMED_DATASETS, "toyworld", lambda limit: made[:limit])
+    monkeypatch.setitem(loading.NAMED_DATASETS, "toyworld", lambda: made)
     monkeypatch.chdir(tmp_path)
     write(tmp_path, [FACT], "toyworld")
-    assert load_dataset("toyworld", limit=1) == made[:1]
+    assert load_dataset("toyworld") == made
     assert load_dataset("./toyworld")[0].target == "Mog"

@@ -10,7 +10,7 @@ import pytest
 
 from baft import BaftConfig, EditRequest, Probe
 from baft.evaluation.fluency import ngram_entropy
-from baft.evaluation.measures import Evaluator, summarise
+from baft.evaluation.measures import Evaluator, known_before, summarise
 from baft.evaluation.probes import questions
 
 
@@ -113,6 +113,18 @@ def test_forced_locality_compares_with_the_unedited_model_and_not_with_the_truth
     editor = ScriptedEditor(before, {"The mayor of Ulm is": "Bo Lind"})
     result = summarise(Evaluator(editor).measure([REQUEST]))  # type: ignore[arg-type]
     assert result["locality"]["token"] == 0.5
+
+
+def test_what_the_model_knew_before_is_held_against_the_benchmarks_old_answers() -> None:
+    request = REQUEST.model_copy(update={"ground_truth": ("Dorn", "Cy Dorn")})
+    metrics = _metrics({"The mayor of Zell is": "Ada Brin", "The mayor of Ulm is": "Krog"}, [request])
+    # It knew the mayors of Zell and Ulm, Zell's in none of two other words; how the open text was, nobody says.
+    assert known_before(metrics) == {"prompts": 1.0, "rephrasings": 0.0, "locality questions": 1.0}
+    assert metrics["portability"]["known"] is None
+
+
+def test_of_a_benchmark_without_old_answers_nobody_says_what_the_model_knew() -> None:
+    assert known_before(_metrics({}, [EditRequest(prompt="p", target="t", rephrases=["q"])])) == {}
 
 
 def test_a_measure_without_data_is_none() -> None:

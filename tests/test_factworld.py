@@ -91,7 +91,7 @@ def test_every_fact_is_in_every_corpus() -> None:
 
 
 def test_it_loads_by_name() -> None:
-    assert load_dataset("factworld", limit=7) == FactWorld().requests(7)
+    assert load_dataset("factworld") == FactWorld().requests()
 
 
 @pytest.mark.parametrize("arguments", [{"people": 10}, {"people": 30, "edited": 0}, {"people": 30, "edited": 28}])

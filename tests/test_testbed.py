@@ -99,7 +99,7 @@ def test_records_without_old_facts_are_refused() -> None:
 
 
 def test_most_of_counterfact_can_be_said_in_other_words(data_dir: Path) -> None:
-    requests = load_dataset(data_dir / "counterfact_3k.json", limit=600)
+    requests = load_dataset(data_dir / "counterfact_3k.json[:600]")
     wordings = Wordings(requests)
     texts = [(text, request.subject) for request in requests for text in request.rephrases]
     apart = [wordings.of_subject(text, subject) for text, subject in texts if subject]

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from baft.evaluation.measures import known_before
 from baft.evaluation.probes import MEASURES, ProbeResult
 from baft.runs.folder import RunFolder
 from baft.runs.records import EditRecord
@@ -147,6 +148,9 @@ class Console:
                 values = [m[measure]["kinds"].get(kind) if m[measure] else None for _, m in shown]
                 table.add_row(f"  {kind}", *map(_percent, values), style="dim")
         self._console.print(table)
+        if known := known_before(last):
+            shares = ", ".join(f"{share:.0%} of the {asked}" for asked, share in known.items())
+            self.say(f"The unedited model gave the old answers to {shares}")
 
     def edits(self, records: Iterable[EditRecord]) -> None:
         """A line for each edit."""

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _MODEL = typer.Option(help=f"A folder, a Hugging Face name, or one of {', '.join(WORLDS)}.")
-_DATASET = typer.Option(help=f"A benchmark file, or one of {', '.join(WORLDS)}.")
+_DATASET = typer.Option(help=f"A benchmark file, or its first records: FILE[:300]; or one of {', '.join(WORLDS)}.")
 Model = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 Dataset = Annotated[str, _DATASET]

@@ -34,11 +34,10 @@ def report(
 def testbed(
     dataset: Dataset,
     out: Out,
-    records: Annotated[int, typer.Option(help="How many records' facts the model shall know.", min=1)] = 300,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small model that knows the facts of a benchmark's records, to edit them on."""
+    """Train a small model that knows the facts of a data set, to edit that data set on."""
     import dataclasses
 
     from baft.datasets import load_dataset
@@ -46,12 +45,10 @@ def testbed(
     from baft.testbed.folder import make_testbed
 
     console = Console(quiet=as_json)
-    knowledge = BenchmarkKnowledge(load_dataset(dataset, limit=records))
+    knowledge = BenchmarkKnowledge(load_dataset(dataset))
     with console.progress() as watcher:
         recipe = dataclasses.replace(RECIPE, seed=seed)
-        report = make_testbed(
-            out, knowledge, recipe, facts=f"{records} records of {dataset}", on_progress=watcher.training
-        )
+        report = make_testbed(out, knowledge, recipe, facts=dataset, on_progress=watcher.training)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report)))
     else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ from baft.datasets.files import read_records
 from baft.datasets.formats import Format, recognise
 from baft.requests import EditRequest
 
-__all__ = ["NAMED_DATASETS", "load_dataset"]
+__all__ = ["NAMED_DATASETS", "load_dataset", "load_rest"]
 
 
-def _requests_of(world: Callable[[], FactWorld], limit: int | None) -> list[EditRequest]:
-    return world().requests(limit)
+def _requests_of(world: Callable[[], FactWorld]) -> Callable[[], list[EditRequest]]:
+    return lambda: world().requests()
 
 
-NAMED_DATASETS: dict[str, Callable[[int | None], list[EditRequest]]] = {
-    name: partial(_requests_of, world) for name, world in WORLDS.items()
+NAMED_DATASETS: dict[str, Callable[[], list[EditRequest]]] = {
+    name: _requests_of(world) for name, world in WORLDS.items()
 }
-"""Data sets that need no file, by name; each is called with ``limit``."""
+"""Data sets that need no file, by name."""
+
+# A stretch of a file's records, as Python and Hugging Face's datasets write one: facts.json[:300], facts.json[300:].
+_STRETCH = re.compile(r"(?P<path>.+)\[(?P<first>\d*):(?P<end>\d*)\]", re.DOTALL)
 
 
-def load_dataset(source: str | Path, *, limit: int | None = None) -> list[EditRequest]:
+def load_dataset(source: str | Path) -> list[EditRequest]:
     """Load a benchmark as edit requests.
 
     The format is recognised by the fields of the records (:data:`baft.datasets.formats.FORMATS`), never by the file's
@@ -38,34 +41,60 @@ def load_dataset(source: str | Path, *, limit: int | None = None) -> list[EditRe
 
     Args:
         source: a JSON file (one list of objects, or JSON Lines) in any of the known formats, or the name of a data set
-            that needs no file. A name comes first; write ``./name`` for a file that is called like one.
-        limit: load only this many records, the first ones. An MQuAKE record holds several edits, which only make sense
-            together; elsewhere one record is one edit.
+            that needs no file. A name comes first; write ``./name`` for a file that is called like one. ``FILE[:N]`` is
+            the file's first N records, ``FILE[M:N]`` and ``FILE[M:]`` are others, as of a Python list. An MQuAKE record
+            holds several edits, which only make sense together; elsewhere one record is one edit.
 
     Raises:
         DatasetError: the source can't be used; the message is one line and says which record and field are to blame.
     """
-    if limit is not None and limit < 1:
-        raise DatasetError(f"limit: expected a positive number of records or None, got {limit}")
     if isinstance(source, str) and source in NAMED_DATASETS:
-        return NAMED_DATASETS[source](limit)
-    path = Path(source)
+        return NAMED_DATASETS[source]()
+    path, records, first, end = _stretch(source)
+    return _convert(path, records, first, end)
+
+
+def load_rest(source: str | Path) -> list[EditRequest]:
+    """What ``load_dataset`` leaves: requests of the file's records outside of the stretch that ``source`` names.
+
+    Raises:
+        DatasetError: as ``load_dataset`` does.
+    """
+    if isinstance(source, str) and source in NAMED_DATASETS:
+        return []
+    path, records, first, end = _stretch(source)
+    return _convert(path, records, 0, first) + _convert(path, records, end, len(records))
+
+
+def _stretch(source: str | Path) -> tuple[Path, list[Any], int, int]:
+    """A file, its records, and which of them are meant: all, unless ``source`` names a stretch and isn't a file."""
+    path, found = Path(source), _STRETCH.fullmatch(str(source))
+    if path.exists():
+        found = None
+    elif found:
+        path = Path(found["path"])
     if not path.exists():
         names = ", ".join(sorted(NAMED_DATASETS)) or "none"
         raise DatasetError(f"{source}: expected a file or the name of a data set ({names}), found neither")
-    return _convert(path, read_records(path)[:limit])
+    records = read_records(path)
+    first = int(found["first"] or 0) if found else 0
+    end = int(found["end"] or len(records)) if found else len(records)
+    if not first < end <= len(records):
+        raise DatasetError(f"{source}: expected a stretch of the file's {len(records)} records, got {first} to {end}")
+    return path, records, first, end
 
 
-def _convert(path: Path, records: list[Any]) -> list[EditRequest]:
+def _convert(path: Path, records: list[Any], first: int, end: int) -> list[EditRequest]:
+    """Requests of a file's records from ``first`` up to ``end``."""
     requests: list[EditRequest] = []
     file_format: Format | None = None
-    for index, record in enumerate(records):
+    for index, record in enumerate(records[first:end], first):
         with _blaming(f"{path}: record {index}", record):
             record_format = recognise(record)
             file_format = file_format or record_format
             if record_format is not file_format:
                 raise DatasetError(
-                    f"has the fields of {record_format.name}, but record 0 has those of {file_format.name}:"
+                    f"has the fields of {record_format.name}, but record {first} has those of {file_format.name}:"
                     " expected one format in a file"
                 )
             requests += record_format.convert(Fields(record))

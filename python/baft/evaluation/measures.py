@@ -15,15 +15,15 @@ from baft.editing import Editor, SideBySide
 from baft.engine.generation import OnBatch
 from baft.evaluation.base_answers import BaseAnswers, Forced, RememberedAnswers
 from baft.evaluation.matching import answer_part, matches, normalise
-from baft.evaluation.probes import MEASURES, ProbeResult, Question, questions
+from baft.evaluation.probes import ASKED, MEASURES, ProbeResult, Question, questions
 from baft.requests import EditRequest
 
-__all__ = ["Evaluator", "Metrics", "summarise"]
+__all__ = ["Evaluator", "Metrics", "known_before", "summarise"]
 
 Metrics = dict[str, Any]
-"""``{"reliability": {"generation": 0.99, "token": 1.0, "sequence": 1.0}, ...}``; a measure without data is None."""
+"""``{"reliability": {"generation": 0.99, "token": 1.0, ...}, ...}``; a measure without data is None."""
 
-FAMILIES = ("generation", "token", "sequence")
+FAMILIES = ("generation", "token", "sequence", "known")
 
 
 class Evaluator:
@@ -181,8 +181,9 @@ def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:
     """Average probe results: each request counts once in a measure, whatever its number of probes.
 
     Returns:
-        For each measure ``{"generation", "token", "sequence", "kinds": {kind: generation}}``; a family without data is
-        None, and so is a measure that no request has a probe for.
+        For each measure ``{"generation", "token", "sequence", "known", "kinds": {kind: generation}}``; a family without
+        data is None, and so is a measure that no request has a probe for. ``known`` is no measure of an edit: it says
+        of what share of the questions the unedited model knew the answer as it was.
     """
     per_request: dict[tuple[str, str], list[float]] = defaultdict(list)
     kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -203,6 +204,15 @@ def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:
             metrics[measure] = {family: fmean(v) if v else None for family, v in values.items()}
             metrics[measure]["kinds"] = {kind: fmean(scores) for kind, scores in kinds[measure].items()}
     return metrics
+
+
+def known_before(metrics: Metrics) -> dict[str, float]:
+    """Of what is asked (``ASKED``) the share that the unedited model answered as it was; what nobody knows isn't there.
+
+    Edits can't be expected to reach a rephrasing in which the model doesn't recognise its own fact.
+    """
+    known = {asked: metrics[measure].get("known") for measure, asked in ASKED.items() if metrics[measure]}
+    return {asked: share for asked, share in known.items() if share is not None}
 
 
 def _scores(probes: Sequence[ProbeResult], family: str) -> list[float]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from baft.evaluation.matching import matches
 from baft.requests import EditRequest, Probe
 
-__all__ = ["MEASURES", "Measure", "ProbeResult", "Question", "questions"]
+__all__ = ["ASKED", "MEASURES", "Measure", "ProbeResult", "Question", "questions"]
 
 Measure = Literal["reliability", "generality", "locality", "portability"]
 MEASURES: tuple[Measure, ...] = ("reliability", "generality", "locality", "portability")
+
+ASKED: dict[Measure, str] = {"reliability": "prompts", "generality": "rephrasings", "locality": "locality questions"}
+"""What the questions of a measure are called, of those that benchmarks know an answer to from before the edit."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Question:
         answers: accepted answers; for locality the benchmark's, which only the teacher-forced families use.
         subject: the edited subject where it stands in the prompt, else None.
         group: questions of one request with the same group count once, as right if any is right.
+        was: what a model answers that knows the world as it was before the edit; empty where the benchmark doesn't say.
     """
 
     measure: Measure
@@ -31,6 +36,7 @@ class Question:
     answers: tuple[str, ...]
     subject: str | None = None
     group: str | None = None
+    was: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,29 @@ class ProbeResult:
     token: float | None
     sequence: bool | None
 
+    @property
+    def known(self) -> bool | None:
+        """Whether the unedited model knew what was asked as it was, by generation; None where nobody says how it was.
+
+        A model that didn't recognise its own fact in a rephrasing can't be expected to find the new one there.
+        """
+        return matches(self.before, self.question.was) if self.question.was else None
+
 
 def questions(request: EditRequest) -> Iterator[Question]:
     """Every question that ``request`` can be measured by; a measure without any is later reported as null."""
 
-    def ask(measure: Measure, kind: str, probe: Probe) -> Question:
+    def ask(measure: Measure, kind: str, probe: Probe, was: tuple[str, ...]) -> Question:
         subject = request.subject if request.subject and request.subject in probe.prompt else None
-        return Question(measure, kind, probe.prompt, probe.answers, subject, probe.group)
+        return Question(measure, kind, probe.prompt, probe.answers, subject, probe.group, was)
 
-    yield ask("reliability", "reliability", Probe(prompt=request.prompt, answers=request.accepted))
+    new, old = request.accepted, request.ground_truth
+    yield ask("reliability", "reliability", Probe(prompt=request.prompt, answers=new), old)
     for prompt in request.rephrases:
-        yield ask("generality", "generality", Probe(prompt=prompt, answers=request.accepted))
-    groups: Sequence[tuple[Measure, dict[str, tuple[Probe, ...]]]] = (
-        ("locality", request.locality),
-        ("portability", request.portability),
-    )
-    for measure, kinds in groups:
-        for kind, probes in kinds.items():
-            for probe in probes:
-                yield ask(measure, kind, probe)
+        yield ask("generality", "generality", Probe(prompt=prompt, answers=new), old)
+    for kind, probes in request.locality.items():
+        for probe in probes:
+            yield ask("locality", kind, probe, probe.answers)
+    for kind, probes in request.portability.items():
+        for probe in probes:
+            yield ask("portability", kind, probe, ())

@@ -29,11 +29,15 @@ class _Read(BaseModel):
 
 
 class Scores(_Read):
-    """One measure: by generation, teacher-forced by token and by whole answer, and by kind of probe."""
+    """One measure: by generation, teacher-forced by token and by whole answer, and by kind of probe.
+
+    ``known`` is the share of its questions that the unedited model answered as was right before; older runs don't say.
+    """
 
     generation: float | None
     token: float | None
     sequence: float | None
+    known: float | None = None
     kinds: dict[str, float | None] = {}
 
 

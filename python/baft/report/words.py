@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from baft.evaluation.probes import ASKED
 from baft.report.source import Results, RunSource
 
 __all__ = ["after", "count", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
@@ -50,6 +51,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Edits": f"{count(results)}, {results.mode}" + ("" if results.finished else ", not finished"),
         "Rank": config.get("rank"),
         "Blocks": layers and ", ".join(map(str, layers)),
+        "The unedited model's old answers": _known(results),
         "Seed": results.seed,
         "Backend": results.backend,
         "Time": timing.total_seconds and f"{duration(timing.total_seconds)} in all",
@@ -60,6 +62,13 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Versions": ", ".join(f"{name} {number}" for name, number in results.versions.items() if number),
     }
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def _known(results: Results) -> str | None:
+    """How much the model knew of what it was to forget: the measures can't be read without."""
+    known = {asked: scores.known for measure, asked in ASKED.items() if (scores := results.last.scores(measure))}
+    shares = [f"{percent(share)} of the {asked}" for asked, share in known.items() if share is not None]
+    return f"given to {', '.join(shares)}" if shares else None
 
 
 def _settling(results: Results) -> str | None:

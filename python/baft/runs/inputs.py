@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.config import BaftConfig
-from baft.datasets import load_dataset
 from baft.datasets.factworld import WORLDS
+from baft.datasets.loading import load_dataset, load_rest
 from baft.evaluation.probes import questions
 from baft.requests import EditRequest
 from baft.runs.placed import default_device, placement
@@ -88,7 +88,8 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
 
     The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
     records that aren't edited, each with its old answer, less every prompt that an edited record is measured with.
-    Held-out texts are what other such records say. A FactWorld has people set apart for each, and strangers.
+    Held-out texts are what other such records say. Of a file of which only a stretch is named, all records of the rest
+    are such records. A FactWorld has people set apart for each, and strangers.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
@@ -105,8 +106,10 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         pool, held_out = list(world.unrelated()), world.held_out()
     else:
         measured = {question.prompt for request in chosen for question in questions(request)}
-        # The last ones, which the pool is least likely to reach.
-        apart = [r for r in rest if r.ground_truth and r.prompt not in measured][-_HELD_OUT:]
+        rest += load_rest(dataset)
+        # The last ones, which the pool is least likely to reach; and of few records not all.
+        unasked = [r for r in rest if r.ground_truth and r.prompt not in measured]
+        apart = unasked[-min(_HELD_OUT, len(unasked) // 2) :] if len(unasked) > 1 else []
         held_out = [_sentence(request.prompt, request.ground_truth) for request in apart]
         measured |= {request.prompt for request in apart}
         said = (pair for request in rest for pair in _statements(request))

@@ -75,6 +75,7 @@ def results_as_json(results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
             "answers": result.question.answers,
             "subject": result.question.subject,
             "group": result.question.group,
+            "was": result.question.was,
             "text": result.text,
             "before": result.before,
             "generation": result.generation,
@@ -88,7 +89,10 @@ def results_as_json(results: Sequence[ProbeResult]) -> list[dict[str, Any]]:
 def results_from_json(values: Sequence[Mapping[str, Any]]) -> list[ProbeResult]:
     return [
         ProbeResult(
-            Question(v["measure"], v["kind"], v["prompt"], tuple(v["answers"]), v["subject"], v["group"]),
+            Question(
+                *(v["measure"], v["kind"], v["prompt"], tuple(v["answers"]), v["subject"], v["group"]),
+                was=tuple(v.get("was", ())),  # an older version's rows don't say
+            ),
             v["text"],
             v["before"],
             v["generation"],

@@ -1,0 +1,64 @@
+"""From a data set to what is edited, what training shall leave alone, and what no training looks at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from baft.evaluation.probes import questions
+from baft.runs.inputs import Assignment, load_assignment
+
+EVERYONE = range(30)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Thirty people, each with a neighbour: the next one's prompt is the locality question of the one before."""
+    records = [
+        {
+            "prompt": f"Person {k} lives in",
+            "target": "Norland",
+            "ground_truth": f"Town {k}",
+            "locality": {"neighbour": [{"prompt": f"Person {after} lives in", "answers": f"Town {after}"}]},
+        }
+        for k, after in zip(EVERYONE, (*EVERYONE[1:], 0), strict=True)
+    ]
+    (tmp_path / "people.json").write_text(json.dumps(records))
+    return tmp_path / "people.json"
+
+
+def numbers(assignment: Assignment) -> list[int]:
+    return [int(request.prompt.split()[1]) for request in assignment.requests]
+
+
+def test_the_seed_draws_which_requests_and_in_which_order(file: Path) -> None:
+    drawn = numbers(load_assignment(str(file), 10, 0))
+    assert len(set(drawn)) == 10 and drawn != sorted(drawn)
+    assert numbers(load_assignment(str(file), 10, 0)) == drawn
+    assert set(numbers(load_assignment(str(file), 10, 1))) != set(drawn)
+    assert sorted(numbers(load_assignment(str(file), None, 0))) == list(EVERYONE)
+
+
+def test_of_a_stretch_nothing_else_is_edited_and_the_rest_of_the_file_is_unrelated(file: Path) -> None:
+    assert set(numbers(load_assignment(f"{file}[3:9]", 4, 0))) < set(range(3, 9))
+    whole = load_assignment(f"{file}[3:9]", None, 0)
+    assert sorted(numbers(whole)) == list(range(3, 9))
+    looked_at = {int(text.split()[1]) for text in (*(whole.unrelated or ()), *whole.held_out)}
+    assert looked_at == {*range(3), *range(10, 30)}  # the ninth is what somebody's locality question is about
+
+
+def test_what_is_measured_is_not_trained_on_and_what_is_held_out_is_neither(file: Path) -> None:
+    assignment = load_assignment(str(file), 10, 0)
+    assert assignment.unrelated and assignment.held_out
+    measured = {question.prompt for request in assignment.requests for question in questions(request)}
+    trained = {text.partition(" Town")[0] for text in assignment.unrelated}
+    held_out = {text.partition(" Town")[0] for text in assignment.held_out}
+    assert not measured & trained and not measured & held_out and not trained & held_out
+    assert all(text.endswith(".") for text in (*assignment.unrelated, *assignment.held_out))
+
+
+def test_more_edits_than_requests_are_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"edits: expected 1 to 6, the requests in .*people.json\[:6\], got 7"):
+        load_assignment(f"{file}[:6]", 7, 0)
