@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from baft.engine.encoding import Encoded, Encoder
+from baft.engine.grid import Grid
 from baft.engine.options import EngineOptions
 from baft.engine.passes import Passes
 from baft.engine.replay import Replay
@@ -39,12 +40,15 @@ class Memory:
 
     def of(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
         """Of each text what the first edited block returns, and what the head is given, asked for in one step."""
+        head_inputs = self.states.head_input(texts).split([len(text.ids) for text in texts])
+        return list(zip(self.prefixes_of(texts), head_inputs, strict=True))
+
+    def prefixes_of(self, texts: Sequence[Encoded]) -> list[Tensor]:
+        """Of each text what the first edited block returns, and no more."""
         grid = self.passes._lay_out(texts)
         prefix = self.states.prefix(texts, grid).flatten(0, 1)
         assert prefix.isfinite().all()
-        lengths = [len(text.ids) for text in texts]
-        head_inputs = self.states.head_input(texts).split(lengths)
-        return [(prefix[grid.cells(k, 0, lengths[k])], head_inputs[k]) for k in range(len(texts))]
+        return [prefix[grid.cells(k, 0, len(text.ids))] for k, text in enumerate(texts)]
 
 
 @contextmanager
@@ -53,9 +57,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     computed: list[int] = []
     observe = Replay.observe
 
-    def watch(replay: Replay, grid: object) -> object:
-        computed.append(grid.tokens)  # type: ignore[attr-defined]
-        return observe(replay, grid)  # type: ignore[arg-type]
+    def watch(replay: Replay, grid: Grid, **how: bool) -> object:
+        computed.append(grid.tokens)
+        return observe(replay, grid, **how)
 
     with monkeypatch.context() as patched:
         patched.setattr(Replay, "observe", watch)
@@ -129,6 +133,64 @@ def test_a_text_that_is_both_edited_and_unrelated_is_the_same_text(monkeypatch: 
     with watched(monkeypatch) as computed:
         assert_same(memory.of([EDITS[0], shared, COMPANY[2]])[1:], [expected, expected])
     assert sorted(computed) == sorted([tokens(EDITS[0]), tokens(*COMPANY)])
+
+
+# -- no more than is asked for --
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_an_edits_own_text_no_block_beyond_the_first_edited_one_is_computed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, memory = Memory(tiny_model(family)).of(EDITS), Memory(tiny_model(family))
+    beyond = memory.attachment.blocks.modules[2]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(beyond), "forward", refusing_for(beyond))
+        prefixes = memory.prefixes_of(EDITS)
+        with pytest.raises(AssertionError, match="a block beyond"):
+            memory.of(COMPANY)
+    for prefix, (wanted, _) in zip(prefixes, expected, strict=True):
+        assert torch.equal(prefix, wanted)
+
+
+def refusing_for(module: nn.Module) -> Callable[..., object]:
+    """A forward for its class that this one module refuses."""
+    forward = type(module).forward
+
+    def refuse(own: nn.Module, *args: object, **kwargs: object) -> object:
+        assert own is not module, "a block beyond the first edited one was run"
+        return forward(own, *args, **kwargs)
+
+    return refuse
+
+
+def test_what_the_head_is_given_is_computed_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, memory = Memory().of(EDITS), Memory()
+    with watched(monkeypatch) as computed:
+        memory.prefixes_of(EDITS)
+        assert_same(memory.of(EDITS[1:]), expected[1:])
+        assert_same(memory.of(EDITS), expected)
+    assert computed == [tokens(EDITS[k]) for k in (0, 1, 2, 1, 2, 0)]
+
+
+def test_what_is_forgotten_is_forgotten_with_what_the_head_was_given() -> None:
+    texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 40)]
+    expected, memory = Memory().of(texts[:1]), Memory(memory=rows_of(tokens(*COMPANY) + 8 * 10))
+    memory.of(texts[:1])
+    for text in texts[1:9]:  # there is room for eight
+        memory.prefixes_of([text])
+    memory.prefixes_of(texts[:1])
+    assert_same(memory.of(texts[:1]), expected)
+
+
+def test_what_the_head_is_given_takes_no_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 28)]
+    memory = Memory(memory=rows_of(tokens(*COMPANY) + 8 * 10))
+    memory.prefixes_of(texts)
+    with watched(monkeypatch) as computed:
+        memory.of(texts[:1])
+        memory.prefixes_of(texts)
+    assert computed == [10]
 
 
 # -- the budget --

@@ -25,6 +25,9 @@ class FrozenStates:
     bits. So each text is always computed in the same company, or alone. When ``budget`` is used up what was computed
     longest ago makes room, half of all at a time; where that isn't enough for a single step, everything does.
 
+    Of a text whose head's input nobody asks for, an edit's own, no more is computed than up to the first edited block.
+    Should somebody ask later, it is computed once more.
+
     Texts with company are asked for all the time, a few of many at each step. They stay, if they take no more than half
     of the budget. Where they take more, none of them is remembered: to compute one with all its company, and forget it
     before it comes again, would be tens of texts for each. Those of a step are then computed together, at each step.
@@ -66,7 +69,7 @@ class FrozenStates:
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
-        self._know(texts)
+        self._know(texts, heads=False)
         places = [self._places_of(text) for text in texts]
         # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
         width = grid.ids.shape[1]
@@ -85,7 +88,7 @@ class FrozenStates:
         Returns:
             [rows, d], by default one for each token; those behind the last token repeat the first.
         """
-        self._know(texts)
+        self._know(texts, heads=True)
         index = [place for text in texts for place in self._places_of(text)]
         passing = None if self._passing is None else self._passing.head_input
         padding = index[:1] * (0 if rows is None else rows - len(index))
@@ -106,6 +109,8 @@ class FrozenStates:
         self._places = _Places({text: len(text) for text in self._company}, self._budget // each)
         self._prefixes = _Rows()
         self._head_inputs = _Rows()
+        # Of the texts that are known, those whose head's input is.
+        self._to_the_head: set[Tokens] = set()
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
@@ -118,30 +123,40 @@ class FrozenStates:
         first = self._places.start(text.ids)
         return range(first, first + len(text.ids))
 
-    def _know(self, texts: Sequence[Encoded]) -> None:
+    def _know(self, texts: Sequence[Encoded], *, heads: bool) -> None:
         if not self._places.favours:
             self._pass([text for text in texts if text.ids in self._company])
             texts = [text for text in texts if text.ids not in self._company]
-        missing = self._missing(texts)
+        missing = self._missing(texts, heads)
         if not self._places.have_room(missing):
             if self._places.overfull:
                 self._forget()
             else:
                 self._places.forget_older_half()
-            missing = self._missing(texts)  # some of ``texts`` may have been in what was forgotten
+            missing = self._missing(texts, heads)  # some of ``texts`` may have been in what was forgotten
             if not self._places.have_room(missing):
                 self._forget()
-                missing = self._missing(texts)
-        limit = self._places.limit
+                missing = self._missing(texts, heads)
         for group in missing:
-            starts, prefix, head_input = self._observed(group)
+            # Company are unrelated texts, whose predictions will be asked for.
+            starts, prefix, head_input = self._observed(group, to_the_head=heads or group[0].ids in self._company)
             for text, start in zip(group, starts, strict=True):
-                if not self._places.knows(text.ids):
-                    cells = slice(start, start + len(text.ids))
-                    place = self._places.next(text.ids)
-                    self._prefixes.put(place, prefix[cells], limit)
-                    self._head_inputs.put(place, head_input[cells], limit)
-                    self._places.add(text.ids, place)  # when it is there: memory may have run out
+                cells = slice(start, start + len(text.ids))
+                self._remember(text, prefix[cells], None if head_input is None else head_input[cells])
+
+    def _remember(self, text: Encoded, prefix: Tensor, head_input: Tensor | None) -> None:
+        known = self._places.knows(text.ids)
+        place = self._places.start(text.ids) if known else self._places.next(text.ids)
+        if not known:
+            self._to_the_head.discard(text.ids)  # from before it was forgotten
+            self._prefixes.put(place, prefix, self._places.limit)
+        if head_input is not None:
+            self._head_inputs.put(place, head_input, self._places.limit)
+        # Only now that all is there: memory may have run out.
+        if not known:
+            self._places.add(text.ids, place)
+        if head_input is not None:
+            self._to_the_head.add(text.ids)
 
     def _pass(self, texts: Sequence[Encoded]) -> None:
         """Compute texts together, for now: the same ones may be asked for once more, and no others."""
@@ -150,21 +165,23 @@ class FrozenStates:
             return
         self._passing = None
         if unique:
-            starts, prefix, head_input = self._observed([*unique.values()])
+            starts, prefix, head_input = self._observed([*unique.values()], to_the_head=True)
+            assert head_input is not None
             self._passing = _Passing(dict(zip(unique, starts, strict=True)), prefix, head_input)
 
-    def _observed(self, texts: Sequence[Encoded]) -> tuple[Sequence[int], Tensor, Tensor]:
+    def _observed(self, texts: Sequence[Encoded], *, to_the_head: bool) -> tuple[Sequence[int], Tensor, Tensor | None]:
         """What the model computes of texts together: where each begins among the vectors, [cells, d], and those."""
         grid = self._lay_out(texts)
         with self._attachment.disabled():
-            observed = self._replay.observe(grid)
-        return grid.starts, observed.prefix.flatten(0, 1), observed.head_input.flatten(0, 1)
+            observed = self._replay.observe(grid, to_the_head=to_the_head)
+        head_input = observed.head_input
+        return grid.starts, observed.prefix.flatten(0, 1), None if head_input is None else head_input.flatten(0, 1)
 
-    def _missing(self, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
-        """Groups of texts to compute, so that all of ``texts`` are known."""
+    def _missing(self, texts: Sequence[Encoded], heads: bool) -> list[Sequence[Encoded]]:
+        """Groups of texts to compute, so that all of ``texts`` are known, and if asked for their heads' input."""
         groups: dict[Tokens, Sequence[Encoded]] = {}
         for text in texts:
-            if not self._places.knows(text.ids):
+            if not self._places.knows(text.ids) or (heads and text.ids not in self._to_the_head):
                 group = self._company.get(text.ids, (text,))
                 groups.setdefault(group[0].ids, group)
         return list(groups.values())
@@ -217,7 +234,8 @@ class _Places:
 
     def have_room(self, groups: Sequence[Sequence[Encoded]]) -> bool:
         """Whether so many more texts fit; where nothing is, there always is room."""
-        tokens = sum(len(text.ids) for group in groups for text in group if text.ids not in self._favoured)
+        texts = (text.ids for group in groups for text in group)
+        tokens = sum(len(text) for text in texts if not (text in self._favoured or self.knows(text)))
         return not tokens or not self._starts or self._next + tokens <= self._end
 
     def next(self, text: Tokens) -> int:

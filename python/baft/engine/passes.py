@@ -149,6 +149,8 @@ class Passes:
 
         unrelated_cells = sent_cells(_all_cells(grid, unrelated, len(edits)))
         replayed = self.options.replay
+        # First: of what is computed for its prefix alone, the head's input isn't known.
+        head_input = self._frozen.head_input(unrelated, len(unrelated_cells)) if replayed and predictions else None
         return PassInputs(
             grid=grid,
             answer_cells=sent_cells(
@@ -157,7 +159,7 @@ class Passes:
             edit_cells=sent_cells(_all_cells(grid, edits, 0)),
             unrelated_cells=unrelated_cells,
             prefix=self._frozen.prefix(texts, grid) if replayed else None,
-            head_input=self._frozen.head_input(unrelated, len(unrelated_cells)) if replayed and predictions else None,
+            head_input=head_input,
             unedited=None if replayed or not predictions else self._predictions(unrelated, len(unrelated_cells)),
         )
 

@@ -32,10 +32,10 @@ class Logits(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What the first edited block returns, before its edit, and what the head is given; both [G, W, d]."""
+    """What the first edited block returns, before its edit, and what the head is given, or None; both [G, W, d]."""
 
     prefix: Tensor
-    head_input: Tensor
+    head_input: Tensor | None
 
 
 class Replay:
@@ -59,8 +59,11 @@ class Replay:
         self._returns_tuple = False
 
     @torch.no_grad()
-    def observe(self, grid: Grid) -> Observed:
-        """Run the model as it is on ``grid``; interventions are to be switched off around it."""
+    def observe(self, grid: Grid, *, to_the_head: bool = True) -> Observed:
+        """Run the model as it is on ``grid``, or its blocks up to the first edited one alone.
+
+        Interventions are to be switched off around it.
+        """
         seen: dict[str, Tensor] = {}
         block = self.blocks.modules[self.first]
         run_block, run_head = block.forward, self.head.forward
@@ -75,9 +78,11 @@ class Replay:
             seen["head_input"] = x
             return run_head(x[:, :1])
 
-        with _forwards([(block, watch_block), (self.head, watch_head)]):
+        skipped = () if to_the_head else tuple(self.blocks.modules[self.first + 1 :])
+        through = [(block, self._returning(None)) for block in skipped]
+        with _forwards([(block, watch_block), (self.head, watch_head), *through]):
             self.model(**grid.inputs())
-        return Observed(seen["prefix"], seen["head_input"])
+        return Observed(seen["prefix"], seen["head_input"] if to_the_head else None)
 
     @contextmanager
     def run(

@@ -6,7 +6,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -40,7 +40,6 @@ class UnrelatedPool:
         self._encoder = encoder
         self._limit = limit
         self._encoded = [encoder.prompt(text, subject="") for text in self.texts]
-        self._short = [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
@@ -60,6 +59,10 @@ class UnrelatedPool:
         whose target is in chunks. Those that name its subject are left out.
         """
         return self._behind(row.words, row.ids, count, seed) if count and row.words else ()
+
+    @cached_property
+    def _short(self) -> list[str]:
+        return [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
 
     def _put_behind(self, words: Words, ids: tuple[int, ...], count: int, seed: int) -> tuple[Encoded, ...]:
         prompt, target, subject = words
