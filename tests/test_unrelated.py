@@ -17,8 +17,9 @@ ROW = ENCODER.pair("Ada was born in", "Ebor", "Ada")
 TEXTS = ["Bob is in Norland.", "Norland is. The president of", "Where is the king? ", "1 2. 3 4."]
 
 
-def said(rows: tuple[Encoded, ...]) -> list[str]:
-    return [ENCODER.tokenizer.decode(list(row.ids), skip_special_tokens=True) for row in rows]
+def said(row: Encoded | None) -> str:
+    assert row is not None
+    return str(ENCODER.tokenizer.decode(list(row.ids), skip_special_tokens=True))
 
 
 def test_texts_that_come_twice_count_once() -> None:
@@ -29,9 +30,11 @@ def test_texts_that_come_twice_count_once() -> None:
 
 
 def test_a_request_stands_behind_whole_sentences() -> None:
-    rows = UnrelatedPool(TEXTS, ENCODER).behind(ROW, 9)
+    pool = UnrelatedPool(TEXTS, ENCODER)
+    rows = [row for number in range(4) if (row := pool.behind(ROW, number))]
     sentences = ["Bob is in Norland.", "Norland is.", "Where is the king?", "1 2. 3 4."]
-    assert sorted(said(rows)) == sorted(f"{sentence} Ada was born in Ebor" for sentence in sentences)
+    assert sorted(map(said, rows)) == sorted(f"{sentence} Ada was born in Ebor" for sentence in sentences)
+    assert pool.behind(ROW, 4) == rows[0]  # there are no more
     for row in rows:
         assert row.ids[row.prompt_length :] == ROW.ids[ROW.prompt_length :]
         assert row.subject and ENCODER.tokenizer.decode(list(row.ids[slice(*row.subject)])).strip() == "Ada"
@@ -42,36 +45,37 @@ def test_a_request_has_its_own_texts_whatever_came_before() -> None:
     other = ENCODER.pair("Bob was born in", "Ebor", "Bob")
     pool, again = UnrelatedPool(texts, ENCODER), UnrelatedPool(texts, ENCODER)
     again.behind(other, 3)
-    rows = pool.behind(ROW, 3)
-    assert rows == again.behind(ROW, 3) and len({row.ids for row in rows}) == 3
-    assert rows != again.behind(ROW, 3, seed=1)
-    assert {text.split(" Bob")[0] for text in said(pool.behind(other, 3))} != {t.split(" Ada")[0] for t in said(rows)}
+    assert pool.behind(ROW, 3) == again.behind(ROW, 3)
+    assert len({pool.behind(ROW, 0, seed) for seed in range(10)}) > 5
+    assert len({said(pool.behind(row, 0)).split(row.words.prompt)[0] for row in (ROW, other) if row.words}) == 2
 
 
 def test_texts_that_will_not_do() -> None:
     about = "Adam and Ada are here."
     long = f"{'is ' * 80}."
     with pytest.warns(RuntimeWarning, match="^contexts: none of 3 unrelated texts has whole sentences"):
-        assert UnrelatedPool([about, long, "The capital of 3.5 kings"], ENCODER).behind(ROW, 2) == ()
-    assert len(UnrelatedPool([about, *TEXTS], ENCODER).behind(ROW, 9)) == 4
-    width = max(len(row.ids) for row in UnrelatedPool(TEXTS, ENCODER).behind(ROW, 4))
-    assert len(UnrelatedPool(TEXTS, ENCODER, limit=width - 1).behind(ROW, 4)) < 4
-    assert len(UnrelatedPool(TEXTS, ENCODER, limit=width).behind(ROW, 4)) == 4
+        assert UnrelatedPool([about, long, "The capital of 3.5 kings"], ENCODER).behind(ROW, 0) is None
+    pool = UnrelatedPool([about, *TEXTS], ENCODER)
+    assert {said(pool.behind(ROW, number)).split(" Ada")[0] for number in range(9)}.isdisjoint({about})
+    rows = [row for number in range(4) if (row := UnrelatedPool(TEXTS, ENCODER).behind(ROW, number))]
+    width = max(len(row.ids) for row in rows)
+    for limit, fewer in ((width - 1, 2), (width, 0)):  # two are as long
+        narrow = UnrelatedPool(TEXTS, ENCODER, limit=limit)
+        assert [narrow.behind(ROW, number) for number in range(4)].count(None) == fewer
 
 
-def test_none_are_asked_for_or_the_target_is_in_chunks() -> None:
+def test_a_target_in_chunks_is_not_known_in_words() -> None:
     pool = UnrelatedPool(TEXTS, ENCODER)
-    assert pool.behind(ROW, 0) == ()
     chunks = in_chunks(ROW, 1)
-    assert len(chunks) > 1 and all(pool.behind(chunk, 2) == () for chunk in chunks)
+    assert len(chunks) > 1 and all(pool.behind(chunk, 0) is None for chunk in chunks)
     (whole,) = in_chunks(ROW, 99)
-    assert pool.behind(whole, 2) == pool.behind(ROW, 2) != ()
+    assert pool.behind(whole, 0) == pool.behind(ROW, 0) is not None
 
 
 def test_the_template_stands_around_text_and_prompt() -> None:
     encoder = Encoder(tiny_tokenizer(), append_eos=True, template="is {prompt} the")
-    (row,) = UnrelatedPool(TEXTS[:1], encoder).behind(encoder.pair("Ada was born in", "Ebor", "Ada"), 1)
-    assert said((row,)) == ["is Bob is in Norland. Ada was born in the Ebor"]
+    row = UnrelatedPool(TEXTS[:1], encoder).behind(encoder.pair("Ada was born in", "Ebor", "Ada"), 0)
+    assert said(row) == "is Bob is in Norland. Ada was born in the Ebor"
 
 
 @pytest.mark.parametrize(
@@ -109,8 +113,8 @@ def test_lessons_tell_a_request_behind_other_texts() -> None:
     editor = tiny_editor(contexts=2, subject_texts=0, retellings=1)
     trainer = editor._begin()
     row = editor._encode(REQUESTS[0])
-    behind = trainer.unrelated.behind(row, 2)
-    assert behind and set(trainer.unrelated.texts) == set(UNRELATED)
+    behind = [trainer.unrelated.behind(row, number) for number in range(2)]
+    assert None not in behind and set(trainer.unrelated.texts) == set(UNRELATED)
     lessons = [trainer.lesson([row]) for _ in range(20)]
     assert all(lesson.edits[0] == row and len(lesson.edits) == 2 for lesson in lessons)
     assert {lesson.edits[1] for lesson in lessons} == set(behind)

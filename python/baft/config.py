@@ -58,10 +58,10 @@ class BaftConfig(BaseModel):
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
             target in the old answer's place: the model's own rephrasings. What is rehearsed comes as one of them half
             the time. 0 learns none, and the model writes none without ``subject_texts`` or a request's ``subject``.
-        contexts: so many times the prompt itself, each behind the whole sentences of an unrelated text of at most 200
-            characters, joins the retellings that ``retellings`` are drawn from: for a model that shall be asked in the
-            middle of a text. What is counted from a prompt's beginning ("f3") is then counted from the text's. None
-            of targets in chunks.
+        contexts: so many times the prompt itself and each retelling, behind the whole sentences of an unrelated text of
+            at most 200 characters, join the retellings that ``retellings`` are drawn from: for a model that shall be
+            asked in the middle of a text. What is counted from a prompt's beginning ("f3") is then counted from the
+            text's. None of targets in chunks; where there is a ``prompt_template``, the prompt alone.
         balance_weight: of the incremental load balancing of the bases.
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)

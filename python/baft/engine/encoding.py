@@ -111,6 +111,11 @@ class Encoder:
         self.append_eos = append_eos and tokenizer.eos_token_id is not None
         self.template = template
 
+    @property
+    def has_template(self) -> bool:
+        """Whether anything stands around prompts."""
+        return self.template != "{prompt}"
+
     def prompt(self, text: str, subject: str | None = None) -> Encoded:
         ids = self._ids(self._in_template(text))
         return Encoded(tuple(ids), len(ids), None if subject is None else self._span(text, subject))

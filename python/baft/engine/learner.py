@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from baft.config import BaftConfig
 from baft.engine.draws import Reservoir, Walk, draw_indices
 from baft.engine.encoding import Encoded
+from baft.engine.retellings import Retellings
 from baft.engine.step import Lesson
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
@@ -121,8 +123,9 @@ class Learner(ABC):
         return [*alone, *others]
 
     def _told(self, new: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
-        retold = [words for row in new for words in self._retold(row)]
-        return [*new, *(retold[i] for i in draw_indices(len(retold), self.config.retellings, generator))]
+        retold = [(words, k) for row in new for words in [self._retold(row)] for k in range(len(words))]
+        drawn = [retold[i] for i in draw_indices(len(retold), self.config.retellings, generator)]
+        return [*new, *(words[k] for words, k in drawn)]
 
     def _in_some_words(self, row: Encoded, generator: torch.Generator) -> Encoded:
         retold = self._retold(row)
@@ -131,10 +134,11 @@ class Learner(ABC):
         drawn = int(torch.randint(2 * len(retold), (), generator=generator))
         return retold[drawn] if drawn < len(retold) else row
 
-    def _retold(self, row: Encoded) -> tuple[Encoded, ...]:
+    def _retold(self, row: Encoded) -> Sequence[Encoded]:
         if not self.config.retellings:
             return ()
-        return (*self.surroundings.retold(row), *self.unrelated.behind(row, self.config.contexts, self.config.seed))
+        behind = partial(self.unrelated.behind, seed=self.config.seed)
+        return Retellings(row, self.surroundings.retold(row), self.config.contexts, behind)
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""

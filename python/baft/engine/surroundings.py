@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedModel
 
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import Encoded, Encoder, Words
 from baft.engine.modes import evaluating
 from baft.placement import device_of
 
@@ -118,8 +118,15 @@ class Surroundings:
             if column is not None:
                 told = self._told(branch[:column], subject)
                 if not any(other and other in told for other in others):
-                    found.append(Encoded((*branch[:column], *row.ids[row.prompt_length :]), column, span))
+                    ids = (*branch[:column], *row.ids[row.prompt_length :])
+                    found.append(Encoded(ids, column, span, words=self._words(branch[:column], row)))
         return tuple(found)
+
+    def _words(self, told: tuple[int, ...], row: Encoded) -> Words | None:
+        """A retelling as a prompt and target in words; None if a template stands in it, which none would know."""
+        if row.words is None or self._encoder.has_template:
+            return None
+        return Words(self._text(told), row.words.target, row.words.subject)
 
     def _prompts(self, subject: str, row: Encoded) -> set[tuple[int, ...]]:
         """The prompts of all edits of a subject, ``row`` among them."""

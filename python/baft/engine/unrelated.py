@@ -15,7 +15,7 @@ from baft.engine.encoding import Encoded, Encoder, Words
 
 __all__ = ["UnrelatedPool"]
 
-# Characters that a text before a prompt may have, and how many requests' are remembered.
+# Characters that a text before a prompt may have, and how many requests behind texts are remembered.
 _SHORT = 200
 _REMEMBERED = 1 << 17
 
@@ -52,19 +52,19 @@ class UnrelatedPool:
         """All texts, ``size`` at a time."""
         return (self._encoded[first : first + size] for first in range(0, len(self._encoded), size))
 
-    def behind(self, row: Encoded, count: int, seed: int = 0) -> tuple[Encoded, ...]:
-        """A request behind ``count`` of the texts, one each, with what it wants: for the same request the same ones.
+    def behind(self, row: Encoded, number: int, seed: int = 0) -> Encoded | None:
+        """A request behind one of the texts, with what it wants: for each number another one, always the same.
 
-        Of each text the whole sentences. There are fewer where few texts are short or have any, and none of a request
-        whose target is in chunks. Those that name its subject are left out.
+        Of the text the whole sentences. None where no text is short and has any without naming the request's subject,
+        where both together are too long, and of a request that isn't known in words, such as a chunk.
         """
-        return self._behind(row.words, row.ids, count, seed) if count and row.words else ()
+        return self._behind(row.words, number, seed) if row.words else None
 
     @cached_property
     def _short(self) -> list[str]:
         return [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
 
-    def _put_behind(self, words: Words, ids: tuple[int, ...], count: int, seed: int) -> tuple[Encoded, ...]:
+    def _put_behind(self, words: Words, number: int, seed: int) -> Encoded | None:
         prompt, target, subject = words
         texts = [text for text in self._short if not (subject and subject in text)]
         if not texts:
@@ -73,10 +73,11 @@ class UnrelatedPool:
                 RuntimeWarning,
                 stacklevel=2,
             )
+            return None
         # Drawn by the request alone, so that it doesn't matter what was edited before.
-        chosen = random.Random(f"{seed} {ids}").sample(texts, min(count, len(texts)))
-        pairs = (self._encoder.pair(f"{text} {prompt}", target, subject) for text in chosen)
-        return tuple(pair for pair in pairs if self._limit is None or len(pair.ids) <= self._limit)
+        first = random.Random(f"{seed} {words}").randrange(len(texts))
+        pair = self._encoder.pair(f"{texts[(first + number) % len(texts)]} {prompt}", target, subject)
+        return pair if self._limit is None or len(pair.ids) <= self._limit else None
 
 
 def _whole_sentences(text: str) -> str:

@@ -1,0 +1,54 @@
+"""A request in other words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import overload
+
+from baft.engine.encoding import Encoded
+
+__all__ = ["Retellings"]
+
+
+class Retellings(Sequence[Encoded]):
+    """A request as others tell it; and behind unrelated texts, each of these and the request itself.
+
+    Those behind texts are made when they are asked for, which few of them ever are. Where no text will do, it is the
+    wording by itself.
+
+    Args:
+        row: the request.
+        told: it in other words.
+        contexts: behind how many texts each wording comes; behind none if the request isn't known in words.
+        behind: makes a wording stand behind a text that has a number.
+    """
+
+    def __init__(
+        self,
+        row: Encoded,
+        told: Sequence[Encoded],
+        contexts: int,
+        behind: Callable[[Encoded, int], Encoded | None],
+    ) -> None:
+        self._row = row
+        self._told = told
+        self._contexts = contexts if row.words else 0
+        self._behind = behind
+
+    def __len__(self) -> int:
+        return len(self._told) + self._contexts * (1 + len(self._told))
+
+    @overload
+    def __getitem__(self, number: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, number: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(number, slice):
+            return [self[k] for k in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(f"expected a number from 0 to {len(self) - 1}, got {number}")
+        if number < len(self._told):
+            return self._told[number]
+        which, context = divmod(number - len(self._told), self._contexts)
+        wording = (self._row, *self._told)[which]
+        return self._behind(wording, context) or wording

@@ -1,0 +1,55 @@
+"""A request in other words: which there are, and that only those asked for are made."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_tokenizer
+
+from baft.engine.encoding import Encoded, Encoder, in_chunks
+from baft.engine.retellings import Retellings
+
+ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
+ROW = ENCODER.pair("Ada was born in", "Ebor", "Ada")
+TOLD = tuple(ENCODER.pair(prompt, "Ebor", "Ada") for prompt in ("Ada is from", "Ada lives in"))
+
+
+class Behind:
+    """Puts a wording behind a text, and remembers that it did."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Encoded, int]] = []
+
+    def __call__(self, wording: Encoded, number: int) -> Encoded | None:
+        self.made.append((wording, number))
+        return Encoded((number, *wording.ids), wording.prompt_length + 1)
+
+
+def test_each_wording_by_itself_and_the_request_and_each_behind_each_text() -> None:
+    found = list(Retellings(ROW, TOLD, 3, Behind()))
+    assert found[:2] == [*TOLD]
+    assert [row.ids for row in found[2:]] == [(n, *wording.ids) for wording in (ROW, *TOLD) for n in range(3)]
+
+
+def test_what_nobody_asks_for_is_not_made() -> None:
+    behind = Behind()
+    retellings = Retellings(ROW, TOLD, 3, behind)
+    assert len(retellings) == 11 and retellings[1] == TOLD[1] and behind.made == []
+    assert retellings[7:9] == [retellings[7], retellings[8]]
+    assert behind.made == [(TOLD[0], 2), (TOLD[1], 0)] * 2
+
+
+def test_where_no_text_will_do_a_wording_is_by_itself() -> None:
+    assert list(Retellings(ROW, TOLD, 1, lambda *_: None)) == [*TOLD, ROW, *TOLD]
+
+
+def test_without_texts_there_is_what_others_tell() -> None:
+    assert list(Retellings(ROW, TOLD, 0, Behind())) == [*TOLD]
+    assert list(Retellings(ROW, (), 0, Behind())) == []
+    chunk = in_chunks(ROW, 1)[1]
+    assert list(Retellings(chunk, (), 3, Behind())) == []
+
+
+@pytest.mark.parametrize("number", [11, -1])
+def test_there_are_no_others(number: int) -> None:
+    with pytest.raises(IndexError, match="expected a number from 0 to 10"):
+        Retellings(ROW, TOLD, 3, Behind())[number]
