@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
 
-from baft.engine.encoding import Encoded, Encoder, in_chunks
+from baft.engine.encoding import Encoded, Encoder, Words, in_chunks
 from baft.engine.surroundings import Surroundings, _goes_on
 
 ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
@@ -81,6 +81,8 @@ def test_what_tells_of_the_fact_is_told_anew(monkeypatch: pytest.MonkeyPatch) ->
     row = ENCODER.pair("In France, Bob Stone", "Arvik", "Bob Stone")
     made = written(monkeypatch, *texts, answers={"In France, Bob Stone": "norland"})
     assert made.retold(row) == (ENCODER.pair("Bob Stone was born in", "Arvik", "Bob Stone"),)
+    # It is known in words, so that it can stand behind others.
+    assert [told.words for told in made.retold(row)] == [Words("Bob Stone was born in", "Arvik", "Bob Stone")]
     # A longer word that begins so is another answer; what is left out as telling of the fact is not that careful.
     assert [text_of(text) for text in made.of(row)] == ["Bob Stone is king of France"]
 
@@ -132,6 +134,16 @@ def test_a_target_follows_with_a_space_or_without_as_it_does_the_prompt(monkeypa
     row = templated.pair("Bob Stone", "Arvik", "Bob Stone")
     assert text_of(row) == "The Bob Stone Arvik"
     assert made.retold(row) == ()  # it would be "The Bob Stone andArvik"
+
+
+def test_with_a_template_in_it_a_retelling_is_not_known_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded once more, it would have the template twice."""
+    templated = Encoder(tiny_tokenizer(), append_eos=True, template="The {prompt}")
+    made = Surroundings(tiny_model(), nullcontext, templated, 6)
+    monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
+    monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt("The Bob Stone and Norland").ids])
+    (told,) = made.retold(templated.pair("Bob Stone", "Arvik", "Bob Stone"))
+    assert text_of(told) == "The Bob Stone and Arvik" and told.words is None
 
 
 @pytest.mark.parametrize(
