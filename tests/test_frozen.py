@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -208,6 +209,8 @@ def test_a_used_up_budget_computes_the_same_bits_again() -> None:
         memory = Memory(memory=rows_of(budget))
         for k in (0, 3, 0, 4, 1, 6, 2, 0, 1, 5, 2, 3):
             for asked in ([k], [0, k]):
+                for prefix, other in zip(memory.prefixes_of([texts[2]]), [plenty[2][0]], strict=True):
+                    assert torch.equal(prefix, other)  # the text of an edit, in between
                 found = memory.of([texts[k] for k in asked])
                 assert_same(found, Memory(memory=rows_of(budget)).of([texts[k] for k in asked]))
                 if budget >= 2 * tokens(*COMPANY):
@@ -273,19 +276,21 @@ def test_no_more_memory_is_held_than_the_budget_says() -> None:
     assert memory.passes.report()["remembered_bytes"] >= rows_of(60 * (len(texts) - 5))
 
 
+@pytest.mark.parametrize("known", [1, len(EDITS)])
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_could_not_be_written_is_not_known(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_written_is_not_known(which: int, known: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out while a buffer grows; single edits then go on with fewer abreast."""
     expected, memory = Memory().of(EDITS), Memory()
     memory.of(EDITS[:1])
+    memory.prefixes_of(EDITS[:known])
     buffer = (memory.states._prefixes, memory.states._head_inputs)[which]
 
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(buffer, "put", refuse)
-        with pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(buffer, "_write", refuse)
+        with contextlib.nullcontext() if which == 0 and known > 1 else pytest.raises(torch.OutOfMemoryError):
             memory.of(EDITS)
     assert_same(memory.of(EDITS), expected)
 

@@ -49,7 +49,17 @@ def test_without_texts_there_is_what_others_tell() -> None:
     assert list(Retellings(chunk, (), 3, Behind())) == []
 
 
-@pytest.mark.parametrize("number", [11, -1])
-def test_there_are_no_others(number: int) -> None:
-    with pytest.raises(IndexError, match="expected a number from 0 to 10"):
-        Retellings(ROW, TOLD, 3, Behind())[number]
+def test_it_is_counted_as_a_list_is() -> None:
+    retellings = Retellings(ROW, TOLD, 3, Behind())
+    assert retellings[-1] == retellings[10]
+    for number in (11, -12):
+        with pytest.raises(IndexError):
+            retellings[number]
+
+
+def test_a_wording_that_is_not_known_in_words_stands_behind_none() -> None:
+    """As where a template stands in it."""
+    told = (Encoded(TOLD[0].ids, TOLD[0].prompt_length), TOLD[1])
+    found = list(Retellings(ROW, told, 2, Behind()))
+    assert found[:2] == [*told]
+    assert [row.ids for row in found[2:]] == [(n, *wording.ids) for wording in (ROW, TOLD[1]) for n in range(2)]

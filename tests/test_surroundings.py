@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
+from tokenizers import normalizers
 
 from baft.engine.encoding import Encoded, Encoder, Words, in_chunks
 from baft.engine.surroundings import Surroundings, _goes_on
+from baft.engine.unrelated import UnrelatedPool
 
 ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
 ROWS = [ENCODER.pair(request.prompt, request.target, request.subject) for request in REQUESTS]
@@ -144,6 +147,21 @@ def test_with_a_template_in_it_a_retelling_is_not_known_in_words(monkeypatch: py
     monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt("The Bob Stone and Norland").ids])
     (told,) = made.retold(templated.pair("Bob Stone", "Arvik", "Bob Stone"))
     assert text_of(told) == "The Bob Stone and Arvik" and told.words is None
+
+
+def test_a_retelling_behind_a_text_has_its_subject_whatever_the_tokenizer_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lower = copy.deepcopy(tiny_tokenizer())
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    encoder = Encoder(lower, append_eos=True)
+    made = Surroundings(tiny_model(), nullcontext, encoder, 6)
+    monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
+    monkeypatch.setattr(made, "_branches", lambda subject: [encoder.prompt("Bob Stone was born in Norland").ids])
+    (told,) = made.retold(encoder.pair("In France, Bob Stone", "Arvik", "Bob Stone"))
+    assert told.words == Words("bob stone was born in", "Arvik", "bob stone")
+    behind = UnrelatedPool(["It is."], encoder).behind(told, 0)
+    assert behind and behind.subject and lower.decode(behind.ids[slice(*behind.subject)]).strip() == "bob stone"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_tokenizer
+from tokenizers import normalizers
 
 from baft import BaftConfig
 from baft.engine.encoding import Encoded, Encoder, in_chunks
@@ -48,6 +51,21 @@ def test_a_request_has_its_own_texts_whatever_came_before() -> None:
     assert pool.behind(ROW, 3) == again.behind(ROW, 3)
     assert len({pool.behind(ROW, 0, seed) for seed in range(10)}) > 5
     assert len({said(pool.behind(row, 0)).split(row.words.prompt)[0] for row in (ROW, other) if row.words}) == 2
+
+
+def test_what_stands_side_by_side_among_the_texts_is_not_what_a_request_stands_behind() -> None:
+    """A user's texts, and FactWorld's, are in order: several about one thing after each other."""
+    pool = UnrelatedPool([f"{number} is a number." for number in range(50)], ENCODER)
+    numbers = [int(said(pool.behind(ROW, number)).split()[0]) for number in range(10)]
+    steps = [(after - before) % 50 for before, after in itertools.pairwise(numbers)]
+    assert len({*numbers}) == 10 and steps.count(1) < 3
+
+
+def test_texts_of_the_same_tokens_count_once() -> None:
+    same = ["Bob is in Norland.", "Bob is in\u00a0Norland."]
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert len(UnrelatedPool(same, Encoder(tokenizer, append_eos=True))) == 1
 
 
 def test_texts_that_will_not_do() -> None:

@@ -10,12 +10,11 @@ from torch import Tensor
 from baft.attach import Attachment
 from baft.engine.encoding import Encoded
 from baft.engine.grid import Grid
+from baft.engine.kept import Kept, Tokens
 from baft.engine.replay import Replay
 from baft.engine.transfer import sent
 
 __all__ = ["FrozenStates"]
-
-Tokens = tuple[int, ...]
 
 
 class FrozenStates:
@@ -25,8 +24,8 @@ class FrozenStates:
     bits. So each text is always computed in the same company, or alone. When ``budget`` is used up what was computed
     longest ago makes room, half of all at a time; where that isn't enough for a single step, everything does.
 
-    Of a text whose head's input nobody asks for, an edit's own, no more is computed than up to the first edited block.
-    Should somebody ask later, it is computed once more.
+    Of a text whose head's input nobody asks for, an edit's own, no more is computed and kept than of the blocks up to
+    the first edited one.
 
     Texts with company are asked for all the time, a few of many at each step. They stay, if they take no more than half
     of the budget. Where they take more, none of them is remembered: to compute one with all its company, and forget it
@@ -69,8 +68,8 @@ class FrozenStates:
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
-        self._know(texts, heads=False)
-        places = [self._places_of(text) for text in texts]
+        self._know(self._prefixes, texts)
+        places = [self._places_of(text, self._prefixes) for text in texts]
         # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
         width = grid.ids.shape[1]
         index = [places[0][0]] * grid.ids.numel()
@@ -85,11 +84,13 @@ class FrozenStates:
     def head_input(self, texts: Sequence[Encoded], rows: int | None = None) -> Tensor:
         """What the unedited model's head is given at the tokens of ``texts``, one text behind the other.
 
+        Of texts that are in a pass, to be asked before ``prefix``: both come of one run of the model.
+
         Returns:
             [rows, d], by default one for each token; those behind the last token repeat the first.
         """
-        self._know(texts, heads=True)
-        index = [place for text in texts for place in self._places_of(text)]
+        self._know(self._head_inputs, texts)
+        index = [place for text in texts for place in self._places_of(text, self._head_inputs)]
         passing = None if self._passing is None else self._passing.head_input
         padding = index[:1] * (0 if rows is None else rows - len(index))
         return _gathered(self._head_inputs, passing, index + padding)
@@ -105,58 +106,46 @@ class FrozenStates:
         return changed
 
     def _forget(self) -> None:
-        each = 2 * self._attachment.blocks.width * self._replay.model.dtype.itemsize
-        self._places = _Places({text: len(text) for text in self._company}, self._budget // each)
-        self._prefixes = _Rows()
-        self._head_inputs = _Rows()
-        # Of the texts that are known, those whose head's input is.
-        self._to_the_head: set[Tokens] = set()
+        company = {text: len(text) for text in self._company}
+        rows = self._budget // (2 * self._attachment.blocks.width * self._replay.model.dtype.itemsize)
+        self._prefixes, self._head_inputs = Kept(company, rows), Kept(company, rows)
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
 
-    def _places_of(self, text: Encoded) -> range:
-        """The numbers of a text's vectors: from 0 of those that are remembered, from -1 down of those that pass."""
+    def _places_of(self, text: Encoded, kept: Kept) -> range:
+        """The numbers of a text's vectors: from 0 of those that are kept, from -1 down of those that pass."""
         if self._passing is not None and text.ids in self._passing.starts:
             first = ~self._passing.starts[text.ids]
             return range(first, first - len(text.ids), -1)
-        first = self._places.start(text.ids)
+        first = kept.start(text.ids)
         return range(first, first + len(text.ids))
 
-    def _know(self, texts: Sequence[Encoded], *, heads: bool) -> None:
-        if not self._places.favours:
+    def _know(self, wanted: Kept, texts: Sequence[Encoded]) -> None:
+        """See to it that one of both, prefixes or head inputs, is kept of all ``texts``, or passes."""
+        if not wanted.favours:
             self._pass([text for text in texts if text.ids in self._company])
             texts = [text for text in texts if text.ids not in self._company]
-        missing = self._missing(texts, heads)
-        if not self._places.have_room(missing):
-            if self._places.overfull:
-                self._forget()
-            else:
-                self._places.forget_older_half()
-            missing = self._missing(texts, heads)  # some of ``texts`` may have been in what was forgotten
-            if not self._places.have_room(missing):
-                self._forget()
-                missing = self._missing(texts, heads)
+        missing = self._missing(wanted, texts)
+        for forget in (wanted.forget_older, wanted.forget):
+            if wanted.has_room(_tokens(missing)):
+                break
+            forget()
+            missing = self._missing(wanted, texts)  # some of ``texts`` may have been in what was forgotten
         for group in missing:
-            # Company are unrelated texts, whose predictions will be asked for.
-            starts, prefix, head_input = self._observed(group, to_the_head=heads or group[0].ids in self._company)
-            for text, start in zip(group, starts, strict=True):
-                cells = slice(start, start + len(text.ids))
-                self._remember(text, prefix[cells], None if head_input is None else head_input[cells])
-
-    def _remember(self, text: Encoded, prefix: Tensor, head_input: Tensor | None) -> None:
-        known = self._places.knows(text.ids)
-        place = self._places.start(text.ids) if known else self._places.next(text.ids)
-        if not known:
-            self._to_the_head.discard(text.ids)  # from before it was forgotten
-            self._prefixes.put(place, prefix, self._places.limit)
-        if head_input is not None:
-            self._head_inputs.put(place, head_input, self._places.limit)
-        # Only now that all is there: memory may have run out.
-        if not known:
-            self._places.add(text.ids, place)
-        if head_input is not None:
-            self._to_the_head.add(text.ids)
+            # Company are unrelated texts, of which as a rule both are asked.
+            to_the_head = wanted is self._head_inputs or group[0].ids in self._company
+            starts, prefix, head_input = self._observed(group, to_the_head=to_the_head)
+            for kept, vectors in ((self._prefixes, prefix), (self._head_inputs, head_input)):
+                if vectors is None:
+                    continue
+                if kept is not wanted and not kept.has_room(_tokens([group])):
+                    kept.forget_older()
+                    if not kept.has_room(_tokens([group])):
+                        continue  # nobody has asked for it yet
+                for text, start in zip(group, starts, strict=True):
+                    if not kept.knows(text.ids):
+                        kept.put(text.ids, vectors[start : start + len(text.ids)])
 
     def _pass(self, texts: Sequence[Encoded]) -> None:
         """Compute texts together, for now: the same ones may be asked for once more, and no others."""
@@ -177,11 +166,11 @@ class FrozenStates:
         head_input = observed.head_input
         return grid.starts, observed.prefix.flatten(0, 1), None if head_input is None else head_input.flatten(0, 1)
 
-    def _missing(self, texts: Sequence[Encoded], heads: bool) -> list[Sequence[Encoded]]:
-        """Groups of texts to compute, so that all of ``texts`` are known, and if asked for their heads' input."""
+    def _missing(self, kept: Kept, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+        """Groups of texts to compute, so that all of ``texts`` are kept."""
         groups: dict[Tokens, Sequence[Encoded]] = {}
         for text in texts:
-            if not self._places.knows(text.ids) or (heads and text.ids not in self._to_the_head):
+            if not kept.knows(text.ids):
                 group = self._company.get(text.ids, (text,))
                 groups.setdefault(group[0].ids, group)
         return list(groups.values())
@@ -196,108 +185,17 @@ class _Passing:
     head_input: Tensor
 
 
-class _Places:
-    """Where texts stand, one behind the other, each with as many rows as it has tokens.
-
-    Args:
-        favoured: texts that have places of their own, if these are no more than half of all, and their tokens.
-        limit: rows that there are, but for what a single step needs beyond.
-
-    Attributes:
-        favours: whether the favoured have places of their own.
-    """
-
-    def __init__(self, favoured: Mapping[Tokens, int], limit: int) -> None:
-        self.limit = limit
-        wanted = sum(favoured.values())
-        self.favours = wanted <= limit // 2
-        self._favoured = favoured if self.favours else {}
-        self._favoured_starts: dict[Tokens, int] = {}
-        self._next_favoured = 0
-        # The favoured have the rows before ``_first``. The others are filled up to ``_end``: all of them at first, then
-        # one half after the other.
-        self._first = wanted if self.favours else 0
-        self._starts: dict[Tokens, int] = {}
-        self._next = self._first
-        self._end = limit
-
-    def knows(self, text: Tokens) -> bool:
-        return text in self._starts or text in self._favoured_starts
-
-    def start(self, text: Tokens) -> int:
-        return self._starts[text] if text in self._starts else self._favoured_starts[text]
-
-    @property
-    def overfull(self) -> bool:
-        """Whether a step needed more than the limit."""
-        return self._next > self.limit
-
-    def have_room(self, groups: Sequence[Sequence[Encoded]]) -> bool:
-        """Whether so many more texts fit; where nothing is, there always is room."""
-        texts = (text.ids for group in groups for text in group)
-        tokens = sum(len(text) for text in texts if not (text in self._favoured or self.knows(text)))
-        return not tokens or not self._starts or self._next + tokens <= self._end
-
-    def next(self, text: Tokens) -> int:
-        """A place for a text."""
-        return self._next_favoured if text in self._favoured else self._next
-
-    def add(self, text: Tokens, start: int) -> None:
-        """Know a text that stands at the place that was the next."""
-        if text in self._favoured:
-            self._favoured_starts[text], self._next_favoured = start, start + len(text)
-        else:
-            self._starts[text], self._next = start, start + len(text)
-
-    def forget_older_half(self) -> None:
-        """Go on in the half of the rows that was filled longer ago."""
-        half = (self._first + self.limit) // 2
-        if self._next > half:
-            self._starts = {text: start for text, start in self._starts.items() if start >= half}
-            self._next, self._end = self._first, half
-        else:
-            self._starts = {text: start for text, start in self._starts.items() if start < half}
-            self._next, self._end = half, self.limit
+def _tokens(groups: Sequence[Sequence[Encoded]]) -> list[Tokens]:
+    return [text.ids for group in groups for text in group]
 
 
-def _gathered(remembered: _Rows, passing: Tensor | None, index: Sequence[int]) -> Tensor:
+def _gathered(kept: Kept, passing: Tensor | None, index: Sequence[int]) -> Tensor:
     """Vectors by number, those that pass by ``~row``."""
     cells = [cell for cell, place in enumerate(index) if place < 0]
     if not cells:
-        return remembered.at(index)
+        return kept.at(index)
     assert passing is not None
     rows = passing.index_select(0, sent([~index[cell] for cell in cells], passing.device))
     if len(cells) == len(index):
         return rows
-    return remembered.at([max(place, 0) for place in index]).index_copy_(0, sent(cells, rows.device), rows)
-
-
-class _Rows:
-    """Vectors by number, in one tensor that grows."""
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-        self._written = 0
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer.nbytes
-
-    @property
-    def written_bytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer[: self._written].nbytes
-
-    def at(self, index: Sequence[int]) -> Tensor:
-        assert self._buffer is not None
-        return self._buffer.index_select(0, sent(index, self._buffer.device))
-
-    def put(self, start: int, vectors: Tensor, limit: int) -> None:
-        """Write vectors; what grows by it grows to twice what is needed, but not beyond ``limit`` for more."""
-        end = start + len(vectors)
-        if self._buffer is None or end > len(self._buffer):
-            grown = vectors.new_empty(max(end, min(2 * end, limit)), vectors.shape[-1])
-            if self._buffer is not None:
-                grown[: len(self._buffer)] = self._buffer
-            self._buffer = grown
-        self._buffer[start:end] = vectors
-        self._written = max(self._written, end)
+    return kept.at([max(place, 0) for place in index]).index_copy_(0, sent(cells, rows.device), rows)

@@ -134,7 +134,7 @@ class Passes:
             edits: prompts with answers.
             unrelated: texts.
             sets: the parameter set of each of ``edits``, then of ``unrelated``.
-            predictions: ask for ``edited`` and ``unedited``.
+            predictions: ask for ``edited`` and ``unedited``, if there are unrelated texts.
             few_shapes: pad so that different texts come out in the same shapes.
         """
         texts = [*edits, *unrelated]
@@ -149,6 +149,7 @@ class Passes:
 
         unrelated_cells = sent_cells(_all_cells(grid, unrelated, len(edits)))
         replayed = self.options.replay
+        predictions = predictions and bool(unrelated)
         # First: of what is computed for its prefix alone, the head's input isn't known.
         head_input = self._frozen.head_input(unrelated, len(unrelated_cells)) if replayed and predictions else None
         return PassInputs(

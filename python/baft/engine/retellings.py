@@ -19,7 +19,7 @@ class Retellings(Sequence[Encoded]):
     Args:
         row: the request.
         told: it in other words.
-        contexts: behind how many texts each wording comes; behind none if the request isn't known in words.
+        contexts: behind how many texts each wording comes that is known in words.
         behind: makes a wording stand behind a text that has a number.
     """
 
@@ -30,13 +30,13 @@ class Retellings(Sequence[Encoded]):
         contexts: int,
         behind: Callable[[Encoded, int], Encoded | None],
     ) -> None:
-        self._row = row
         self._told = told
-        self._contexts = contexts if row.words else 0
+        self._in_words = [wording for wording in (row, *told) if wording.words]
+        self._contexts = contexts
         self._behind = behind
 
     def __len__(self) -> int:
-        return len(self._told) + self._contexts * (1 + len(self._told))
+        return len(self._told) + self._contexts * len(self._in_words)
 
     @overload
     def __getitem__(self, number: int) -> Encoded: ...
@@ -44,11 +44,10 @@ class Retellings(Sequence[Encoded]):
     def __getitem__(self, number: slice) -> Sequence[Encoded]: ...
     def __getitem__(self, number: int | slice) -> Encoded | Sequence[Encoded]:
         if isinstance(number, slice):
-            return [self[k] for k in range(*number.indices(len(self)))]
-        if not 0 <= number < len(self):
-            raise IndexError(f"expected a number from 0 to {len(self) - 1}, got {number}")
+            return [self[k] for k in range(len(self))[number]]
+        number = range(len(self))[number]
         if number < len(self._told):
             return self._told[number]
         which, context = divmod(number - len(self._told), self._contexts)
-        wording = (self._row, *self._told)[which]
+        wording = self._in_words[which]
         return self._behind(wording, context) or wording

@@ -56,6 +56,7 @@ class Surroundings:
         self._answer = lru_cache(_REMEMBERED)(self._answer_to)
         self._column = lru_cache(_REMEMBERED)(self._find_column)
         self._told = lru_cache(_REMEMBERED)(self._told_by)
+        self._said = lru_cache(_REMEMBERED)(self._say)
         self._start = lru_cache(_REMEMBERED)(self._encode)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
         self._asked: dict[str, set[tuple[int, ...]]] = {}
@@ -126,7 +127,12 @@ class Surroundings:
         """A retelling as a prompt and target in words; None if a template stands in it, which none would know."""
         if row.words is None or self._encoder.has_template:
             return None
-        return Words(self._text(told), row.words.target, row.words.subject)
+        return self._said(told, row.words.target, self._subject(row))
+
+    def _say(self, told: tuple[int, ...], target: str, subject: str) -> Words | None:
+        """The subject as the tokenizer writes it: it may know no capitals."""
+        text = self._text(told)
+        return Words(text, target, subject) if subject in text else None
 
     def _prompts(self, subject: str, row: Encoded) -> set[tuple[int, ...]]:
         """The prompts of all edits of a subject, ``row`` among them."""

@@ -39,7 +39,8 @@ class UnrelatedPool:
         self.texts = tuple(dict.fromkeys(texts))
         self._encoder = encoder
         self._limit = limit
-        self._encoded = [encoder.prompt(text, subject="") for text in self.texts]
+        # Texts that differ may have the same tokens.
+        self._encoded = list(dict.fromkeys(encoder.prompt(text, subject="") for text in self.texts))
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class UnrelatedPool:
         return (self._encoded[first : first + size] for first in range(0, len(self._encoded), size))
 
     def behind(self, row: Encoded, number: int, seed: int = 0) -> Encoded | None:
-        """A request behind one of the texts, with what it wants: for each number another one, always the same.
+        """A request behind one of the texts, with what it wants: for each number, as far as there are, another text.
 
         Of the text the whole sentences. None where no text is short and has any without naming the request's subject,
         where both together are too long, and of a request that isn't known in words, such as a chunk.
@@ -62,21 +63,27 @@ class UnrelatedPool:
 
     @cached_property
     def _short(self) -> list[str]:
-        return [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
+        """In an order of their own: neighbours among the texts may be about the same."""
+        short = [text for text in map(_whole_sentences, self.texts) if 0 < len(text) <= _SHORT]
+        random.Random(0).shuffle(short)
+        return short
 
     def _put_behind(self, words: Words, number: int, seed: int) -> Encoded | None:
         prompt, target, subject = words
-        texts = [text for text in self._short if not (subject and subject in text)]
-        if not texts:
+        # Drawn by the request alone, so that it doesn't matter what was edited before.
+        first = random.Random(f"{seed} {words}").randrange(max(1, len(self._short))) + number
+        others = (self._short[(first + k) % len(self._short)] for k in range(len(self._short)))
+        named = (subject or "\0").casefold()
+        text = next((text for text in others if named not in text.casefold()), None)
+        if text is None:
             warnings.warn(
-                f"contexts: none of {len(self)} unrelated texts has whole sentences of at most {_SHORT} characters",
+                f"contexts: none of {len(self)} unrelated texts has whole sentences of at most {_SHORT} characters"
+                " that don't name the subject",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return None
-        # Drawn by the request alone, so that it doesn't matter what was edited before.
-        first = random.Random(f"{seed} {words}").randrange(len(texts))
-        pair = self._encoder.pair(f"{texts[(first + number) % len(texts)]} {prompt}", target, subject)
+        pair = self._encoder.pair(f"{text} {prompt}", target, subject)
         return pair if self._limit is None or len(pair.ids) <= self._limit else None
 
 
