@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
 import torch  # noqa: E402  # after the folders of this checkout are known
 from plain_editing import PlainEditor, Text, generate_one_by_one  # noqa: E402
 from products import recorded_products  # noqa: E402
-from report import RESULTS, markdown, provenance  # noqa: E402
+from report import RESULTS, called, markdown, provenance  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from shapes import SHAPES, build  # noqa: E402
@@ -119,7 +119,7 @@ def load(options: argparse.Namespace) -> Subject:
         return Subject(options.shape, *build(options.shape, options.requests))
     model, tokenizer = load_model(options.model)
     assignment = load_assignment(options.dataset, options.requests, seed=0)
-    return Subject(Path(options.dataset).stem, model, tokenizer, assignment.requests, assignment.unrelated, {})
+    return Subject(called(options.dataset), model, tokenizer, assignment.requests, assignment.unrelated, {})
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, command, commit, counted_threads
+from report import RESULTS, called, command, commit, counted_threads
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +34,7 @@ from baft import BaftConfig
 from baft.baselines.methods import METHODS as ALL_METHODS
 from baft.baselines.methods import make_editor
 from baft.editing import Mode
-from baft.evaluation.measures import Evaluator, Metrics, known_before
+from baft.evaluation.measures import Evaluator, Metrics, known_before, shares
 from baft.runs.environment import versions
 from baft.runs.inputs import load_assignment, load_model
 from baft.runs.run import run_edits
@@ -153,7 +153,7 @@ def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
         "defaults": BaftConfig().model_dump(mode="json"),
         "runs planned": len(plan),
     }
-    rows, path, name = [], None, f"{Path(task.dataset).stem}_{name}"
+    rows, path, name = [], None, f"{called(task.dataset)}_{name}"
     for runs in run_all(plan, task, jobs, console):
         rows = tabulate(runs)
         path = save(name, runs, rows, about)
@@ -274,9 +274,10 @@ def save(name: str, runs: list[dict[str, Any]], rows: list[list[str]], about: di
 
 def _known(runs: list[dict[str, Any]]) -> str:
     """What the unedited model knew of it: no measure can be read without."""
-    known = [run["known before"] for run in runs]
-    shares = ", ".join(f"{fmean(k[asked] for k in known):.1%} of the {asked}" for asked in known[0])
-    return f"The unedited model gave the old answers to {shares}. " if shares else ""
+    each = [run["known before"] for run in runs]
+    asked = dict.fromkeys(name for found in each for name in found)
+    known = {name: fmean(found[name] for found in each if name in found) for name in asked}
+    return f"The unedited model gave the old answers to {shares(known)}. " if known else ""
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, provenance
+from report import RESULTS, called, provenance
 from rich.console import Console
 
 from baft.config import BaftConfig
@@ -63,7 +63,7 @@ def main() -> None:
         result = soak(words, options.kills, options.longest, random.Random(options.seed), Path(scratch))
     about = provenance(torch.device("cpu"))
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"kill_soak_{Path(options.dataset).stem}.json"
+    path = RESULTS / f"kill_soak_{called(options.dataset)}.json"
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
     Console(highlight=False).print(f"Saved: {path}")
     sys.exit(result["unequal"] > 0)

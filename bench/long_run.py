@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from report import RESULTS, markdown, provenance
+from report import RESULTS, called, markdown, provenance
 from rich.console import Console as Terminal
 
 from baft.config import BaftConfig
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the run's folder; runs/long/... by default")
     options = parser.parse_args()
     ours = FACTWORLD if options.dataset in WORLDS else BENCHMARK
-    name = f"{Path(options.dataset).stem}_{options.method}_{options.edits}"
+    name = f"{called(options.dataset)}_{options.method}_{options.edits}"
     if options.remember:
         name += f"_in_{options.remember}_mib"
     folder = options.out or Path("runs/long") / name
@@ -71,8 +72,7 @@ def main() -> None:
         measure_every=options.measure_every,
         remember=options.remember,
     )
-    if not (folder / "results.json").exists():
-        run(words, folder)
+    run(words, folder)
     about = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     changed = {k: v for k, v in words.config.model_dump(mode="json").items() if v != getattr(BaftConfig(), k)}
     rows = figures(folder)
@@ -90,10 +90,15 @@ def main() -> None:
 
 
 def run(words: RunWords, folder: Path) -> None:
-    """Begin the run, or go on with it."""
+    """Begin the run, or go on with it, or see that it is done."""
     console = Console()
     with RunFolder(folder) as place, console.progress() as watcher:
-        started = start(RunWords(**place.started_with()) if place.begun else words, place, on_training=watcher.training)
+        if place.begun and (found := RunWords(**place.started_with())) != words:
+            other = [name for name in RunWords.model_fields if getattr(found, name) != getattr(words, name)]
+            sys.exit(f"{folder}: holds a run with another {', '.join(other)}; delete it, or give --out another folder")
+        if place.results.exists():
+            return
+        started = start(words, place, on_training=watcher.training)
         run_edits(
             started.editor,
             started.requests,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import torch
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "command", "commit", "counted_threads", "markdown", "provenance"]
+__all__ = ["RESULTS", "called", "command", "commit", "counted_threads", "markdown", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,6 +68,12 @@ def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
 def command() -> str:
     """What this process was started with, as one types it."""
     return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def called(dataset: str) -> str:
+    """A data set in the name of a file: ``data/facts.json[:600]`` as facts_0-600."""
+    path, first, end = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", dataset, re.DOTALL).groups()  # type: ignore[union-attr]
+    return Path(path).stem if first is None else f"{Path(path).stem}_{first or 0}-{end}"
 
 
 def counted_threads(threads: int) -> str:

@@ -22,7 +22,7 @@ import editing_quality
 import long_targets
 import roofline
 from products import recorded_products
-from report import commit, markdown, provenance
+from report import called, commit, markdown, provenance
 from rich.console import Console
 from timing import Spread, interleaved
 from tiny import tiny_model, tiny_tokenizer
@@ -131,6 +131,19 @@ def test_the_grid_is_the_same_for_both_methods() -> None:
 def test_every_comparison_can_be_configured() -> None:
     for module in (capacity, long_targets):
         assert [BaftConfig(**changes) for changes in module.VARIANTS.values()]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("factworld", "factworld"),
+        ("data/facts.json", "facts"),
+        ("data/facts.json[:600]", "facts_0-600"),
+        ("facts.json[300:]", "facts_300-"),
+    ],
+)
+def test_what_results_about_a_data_set_are_called(dataset: str, name: str) -> None:
+    assert called(dataset) == name
 
 
 def found(entry: editing_quality.Entry) -> dict[str, Any]:

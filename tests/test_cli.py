@@ -93,6 +93,7 @@ def test_results_say_how_they_came_about(sequential_run: tuple[Path, dict[str, A
 def test_a_run_on_a_model_that_knows_the_facts_edits_them(sequential_run: tuple[Path, dict[str, Any]]) -> None:
     out, results = sequential_run
     assert results["metrics"]["final"]["reliability"]["generation"] == 1.0
+    assert results["metrics"]["final"]["reliability"]["known"] == 1.0
     # Four edits in a world of 24 people show that all parts work together; bench/ measures how well.
     assert results["metrics"]["final"]["generality"]["generation"] >= 0.5
     assert results["metrics"]["final"]["locality"]["generation"] >= 0.5
@@ -281,6 +282,7 @@ def _bad(name: str, tmp_path: Path, testbed: Path, dataset: Path) -> tuple[list[
         "no dataset": ({"--dataset": "nowhere.json"}, "nowhere.json"),
         "empty target": ({"--dataset": broken}, "record 0"),
         "too many edits": ({"--edits": 10_000}, "edits"),
+        "too many of a stretch": ({"--dataset": f"{dataset}[:1]"}, "edits: expected 1 to 1"),
         "used folder": ({"--out": used}, "in use"),
         "unknown field": ({}, "rnk"),
         "rank": ({}, "5000"),
@@ -293,7 +295,7 @@ def _bad(name: str, tmp_path: Path, testbed: Path, dataset: Path) -> tuple[list[
 @pytest.mark.parametrize(
     "name",
     [
-        *("no model", "no dataset", "empty target", "too many edits", "used folder"),
+        *("no model", "no dataset", "empty target", "too many edits", "too many of a stretch", "used folder"),
         *("unknown field", "rank", "layers", "backend"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from dataset_files import DATA, FACT, write
 
 from baft.datasets import DatasetError, load_dataset, loading
+from baft.datasets.loading import load_with_rest
 
 
 def error_of(source: str | Path) -> str:
@@ -203,8 +204,10 @@ def test_mixed_formats_name_the_first_record_that_differs(tmp_path: Path) -> Non
 
 
 def test_records_outside_of_a_stretch_are_not_looked_at(tmp_path: Path) -> None:
-    path = write(tmp_path, [ZSRE, ROME, ROME, ZSRE])
+    path = write(tmp_path, [ZSRE, ROME, ROME, ZSRE | {"alt": ""}])
     assert len(load_dataset(f"{path}[1:3]")) == 2
+    with pytest.raises(DatasetError, match=r"record 3: field 'alt': expected a text that is not empty"):
+        load_with_rest(f"{path}[1:3]")
 
 
 def test_a_bad_record_in_a_stretch_is_counted_from_the_beginning_of_the_file(tmp_path: Path) -> None:

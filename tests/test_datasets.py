@@ -9,7 +9,7 @@ import pytest
 from dataset_files import DATA, EXPECTED, FACT, write
 
 from baft.datasets import load_dataset, loading
-from baft.datasets.loading import load_rest
+from baft.datasets.loading import load_with_rest
 
 
 def test_a_path_may_be_a_string() -> None:
@@ -28,9 +28,10 @@ def test_a_stretch_of_a_file_is_written_as_of_a_list() -> None:
 
 def test_what_a_stretch_leaves_is_the_rest() -> None:
     first, second = EXPECTED["zsre.json"]
-    assert load_rest(f"{DATA}/zsre.json[:1]") == [second]
-    assert load_rest(f"{DATA}/zsre.json[1:]") == [first]
-    assert load_rest(DATA / "zsre.json") == load_rest("factworld") == []
+    assert load_with_rest(f"{DATA}/zsre.json[:1]") == ([first], [second])
+    assert load_with_rest(f"{DATA}/zsre.json[1:]") == ([second], [first])
+    assert load_with_rest(DATA / "zsre.json") == ([first, second], [])
+    assert load_with_rest("factworld") == (load_dataset("factworld"), [])
 
 
 def test_a_stretch_of_mquake_keeps_cases_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from baft import BaftConfig, EditRequest, Probe
+from baft.console import Console
 from baft.evaluation.fluency import ngram_entropy
 from baft.evaluation.measures import Evaluator, known_before, summarise
 from baft.evaluation.probes import questions
+from baft.runs.records import results_as_json, results_from_json
 
 
 class ScriptedEditor:
@@ -121,6 +124,23 @@ def test_what_the_model_knew_before_is_held_against_the_benchmarks_old_answers()
     # It knew the mayors of Zell and Ulm, Zell's in none of two other words; how the open text was, nobody says.
     assert known_before(metrics) == {"prompts": 1.0, "rephrasings": 0.0, "locality questions": 1.0}
     assert metrics["portability"]["known"] is None
+
+
+def test_what_was_right_before_is_written_down_with_a_question() -> None:
+    request = REQUEST.model_copy(update={"ground_truth": ("Dorn", "Cy Dorn")})
+    (results,) = Evaluator(ScriptedEditor(BEFORE, {})).measure([request])  # type: ignore[arg-type]
+    written = json.loads(json.dumps(results_as_json(results)))
+    assert results_from_json(written) == results and results[0].question.was == ("Dorn", "Cy Dorn")
+    for row in written:  # as an older version wrote it
+        del row["was"]
+    assert {result.known for result in results_from_json(written)} == {None}
+
+
+def test_how_much_was_known_is_said_with_the_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    request = REQUEST.model_copy(update={"ground_truth": ("Cy Dorn",)})
+    Console().metrics({"now": _metrics({}, [request])}, "1 request")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The unedited model gave the old answers to 100.0% of the prompts, 0.0% of the rephrasings" in said
 
 
 def test_of_a_benchmark_without_old_answers_nobody_says_what_the_model_knew() -> None:

@@ -49,6 +49,14 @@ def test_of_a_stretch_nothing_else_is_edited_and_the_rest_of_the_file_is_unrelat
     assert looked_at == {*range(3), *range(10, 30)}  # the ninth is what somebody's locality question is about
 
 
+def test_what_is_held_out_of_a_stretch_is_in_it(file: Path) -> None:
+    """A model that was made to know the stretch knows no other record."""
+    some = load_assignment(f"{file}[:20]", 4, 0)
+    held_out = {int(text.split()[1]) for text in some.held_out}
+    assert len(held_out) > 5 and held_out <= set(range(20))
+    assert held_out != set(range(20)) - set(numbers(some))  # some of them are trained with
+
+
 def test_what_is_measured_is_not_trained_on_and_what_is_held_out_is_neither(file: Path) -> None:
     assignment = load_assignment(str(file), 10, 0)
     assert assignment.unrelated and assignment.held_out

@@ -102,6 +102,15 @@ def test_settling_and_what_is_remembered_of_texts_are_told() -> None:
     assert "Settling" not in dict(facts(Results.model_validate(results(10))))
 
 
+def test_it_is_told_how_much_the_model_knew_of_what_it_was_to_forget() -> None:
+    made = results(10)
+    assert not any("old answers" in name for name, _ in facts(Results.model_validate(made)))
+    made["metrics"]["final"]["reliability"]["known"] = 0.5
+    made["metrics"]["final"]["generality"]["known"] = 0.254
+    found = ("The unedited model's old answers", "given to 50.0% of the prompts, 25.4% of the rephrasings")
+    assert found in facts(Results.model_validate(made))
+
+
 def _broken(kind: str, folder: Path) -> Path:
     run = write_run(folder / "run", [edit(0)])
     if kind == "no results":

@@ -56,23 +56,26 @@ def break_off_after(advances: int) -> Listener:
     return Listener(advance)
 
 
-def test_retellings_are_drawn_alike_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{"retellings": 2}, {"retellings": 2, "contexts": 2}])
+def test_retellings_are_drawn_alike_again(
+    changes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tiny model tells of no fact by itself: here each is told in two more ways, the second the better known."""
 
     def retold(surroundings: Surroundings, row: Encoded) -> tuple[Encoded, ...]:
         words = [row.ids[: row.prompt_length], (row.ids[0], *row.ids[: row.prompt_length])]
-        return tuple(Encoded((*told, *row.ids[row.prompt_length :]), len(told)) for told in words)
+        return tuple(Encoded((*told, *row.ids[row.prompt_length :]), len(told), words=row.words) for told in words)
 
     monkeypatch.setattr(Surroundings, "retold", retold)
-    run_in(tmp_path / "whole", retellings=2)
+    run_in(tmp_path / "whole", **changes)
     monkeypatch.undo()
-    run_in(tmp_path / "without", retellings=2)
+    run_in(tmp_path / "without", **changes)
     assert outcome(tmp_path / "whole") != outcome(tmp_path / "without")
     monkeypatch.setattr(Surroundings, "retold", retold)
     plan = RunPlan(**{**vars(PLAN), "checkpoint_every": 4})
     with pytest.raises(Broken):
-        run_in(tmp_path / "broken", plan=plan, listener=break_off_after(6), retellings=2)
-    run_in(tmp_path / "broken", plan=plan, retellings=2)
+        run_in(tmp_path / "broken", plan=plan, listener=break_off_after(6), **changes)
+    run_in(tmp_path / "broken", plan=plan, **changes)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 

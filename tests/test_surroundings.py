@@ -217,6 +217,10 @@ def test_a_lesson_tells_in_other_words_too(monkeypatch: pytest.MonkeyPatch) -> N
     trainer = tiny_editor(retellings=0)._begin()
     monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
     assert trainer.lesson([new]).edits == [new]
+    trainer = tiny_editor(retellings=1, contexts=2)._begin()
+    monkeypatch.setattr(trainer.surroundings, "retold", other.__getitem__)
+    told = {trainer.lesson([new]).edits[1] for _ in range(100)}
+    assert told == {*other[new], *(trainer.unrelated.behind(row, k) for row in (new, *other[new]) for k in range(2))}
 
 
 def test_surroundings_know_of_all_edits_and_of_those_being_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from baft.evaluation.measures import known_before
+from baft.evaluation.measures import known_before, shares
 from baft.evaluation.probes import MEASURES, ProbeResult
 from baft.runs.folder import RunFolder
 from baft.runs.records import EditRecord
@@ -149,8 +149,7 @@ class Console:
                 table.add_row(f"  {kind}", *map(_percent, values), style="dim")
         self._console.print(table)
         if known := known_before(last):
-            shares = ", ".join(f"{share:.0%} of the {asked}" for asked, share in known.items())
-            self.say(f"The unedited model gave the old answers to {shares}")
+            self.say(f"The unedited model gave the old answers to {shares(known)}")
 
     def edits(self, records: Iterable[EditRecord]) -> None:
         """A line for each edit."""

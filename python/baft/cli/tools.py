@@ -37,7 +37,10 @@ def testbed(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small model that knows the facts of a data set, to edit that data set on."""
+    """Train a small model that knows the facts of a data set, to edit that data set on.
+
+    Half an hour on two cores for 600 records of CounterFact: name a stretch of a large file.
+    """
     import dataclasses
 
     from baft.datasets import load_dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from baft.datasets.files import read_records
 from baft.datasets.formats import Format, recognise
 from baft.requests import EditRequest
 
-__all__ = ["NAMED_DATASETS", "load_dataset", "load_rest"]
+__all__ = ["NAMED_DATASETS", "load_dataset", "load_with_rest"]
 
 
-def _requests_of(world: Callable[[], FactWorld]) -> Callable[[], list[EditRequest]]:
-    return lambda: world().requests()
+def _requests_of(world: Callable[[], FactWorld]) -> list[EditRequest]:
+    return world().requests()
 
 
 NAMED_DATASETS: dict[str, Callable[[], list[EditRequest]]] = {
-    name: _requests_of(world) for name, world in WORLDS.items()
+    name: partial(_requests_of, world) for name, world in WORLDS.items()
 }
 """Data sets that need no file, by name."""
 
@@ -42,7 +43,7 @@ def load_dataset(source: str | Path) -> list[EditRequest]:
     Args:
         source: a JSON file (one list of objects, or JSON Lines) in any of the known formats, or the name of a data set
             that needs no file. A name comes first; write ``./name`` for a file that is called like one. ``FILE[:N]`` is
-            the file's first N records, ``FILE[M:N]`` and ``FILE[M:]`` are others, as of a Python list. An MQuAKE record
+            the file's first N records, ``FILE[M:N]`` and ``FILE[M:]`` are others; it has to have them. An MQuAKE record
             holds several edits, which only make sense together; elsewhere one record is one edit.
 
     Raises:
@@ -54,16 +55,17 @@ def load_dataset(source: str | Path) -> list[EditRequest]:
     return _convert(path, records, first, end)
 
 
-def load_rest(source: str | Path) -> list[EditRequest]:
-    """What ``load_dataset`` leaves: requests of the file's records outside of the stretch that ``source`` names.
+def load_with_rest(source: str | Path) -> tuple[list[EditRequest], list[EditRequest]]:
+    """What ``load_dataset`` loads, and the requests of the file's other records, if ``source`` is a stretch of one.
 
     Raises:
-        DatasetError: as ``load_dataset`` does.
+        DatasetError: as ``load_dataset`` does, of every record.
     """
     if isinstance(source, str) and source in NAMED_DATASETS:
-        return []
+        return NAMED_DATASETS[source](), []
     path, records, first, end = _stretch(source)
-    return _convert(path, records, 0, first) + _convert(path, records, end, len(records))
+    rest = _convert(path, records, 0, first) + _convert(path, records, end, len(records))
+    return _convert(path, records, first, end), rest
 
 
 def _stretch(source: str | Path) -> tuple[Path, list[Any], int, int]:

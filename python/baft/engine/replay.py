@@ -79,7 +79,7 @@ class Replay:
             return run_head(x[:, :1])
 
         skipped = () if to_the_head else tuple(self.blocks.modules[self.first + 1 :])
-        through = [(block, self._returning(None)) for block in skipped]
+        through = [(later, self._returning(None)) for later in skipped]
         with _forwards([(block, watch_block), (self.head, watch_head), *through]):
             self.model(**grid.inputs())
         return Observed(seen["prefix"], seen["head_input"] if to_the_head else None)

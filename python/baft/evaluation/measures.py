@@ -18,12 +18,12 @@ from baft.evaluation.matching import answer_part, matches, normalise
 from baft.evaluation.probes import ASKED, MEASURES, ProbeResult, Question, questions
 from baft.requests import EditRequest
 
-__all__ = ["Evaluator", "Metrics", "known_before", "summarise"]
+__all__ = ["Evaluator", "Metrics", "known_before", "shares", "summarise"]
 
 Metrics = dict[str, Any]
 """``{"reliability": {"generation": 0.99, "token": 1.0, ...}, ...}``; a measure without data is None."""
 
-FAMILIES = ("generation", "token", "sequence", "known")
+SCORES = ("generation", "token", "sequence", "known")
 
 
 class Evaluator:
@@ -190,18 +190,18 @@ def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:
     for request in results:
         for measure in MEASURES:
             probes = [result for result in request if result.question.measure == measure]
-            for family in FAMILIES:
-                scores = _scores(probes, family)
-                if scores:
-                    per_request[measure, family].append(fmean(scores))
+            for score in SCORES:
+                found = _scores(probes, score)
+                if found:
+                    per_request[measure, score].append(fmean(found))
             for kind in dict.fromkeys(result.question.kind for result in probes):
                 kinds[measure][kind] += _scores([p for p in probes if p.question.kind == kind], "generation")
     metrics: Metrics = {}
     for measure in MEASURES:
-        values = {family: per_request[measure, family] for family in FAMILIES}
+        values = {score: per_request[measure, score] for score in SCORES}
         metrics[measure] = None
         if any(values.values()):
-            metrics[measure] = {family: fmean(v) if v else None for family, v in values.items()}
+            metrics[measure] = {score: fmean(v) if v else None for score, v in values.items()}
             metrics[measure]["kinds"] = {kind: fmean(scores) for kind, scores in kinds[measure].items()}
     return metrics
 
@@ -215,11 +215,16 @@ def known_before(metrics: Metrics) -> dict[str, float]:
     return {asked: share for asked, share in known.items() if share is not None}
 
 
-def _scores(probes: Sequence[ProbeResult], family: str) -> list[float]:
+def shares(known: Mapping[str, float]) -> str:
+    """The same in words."""
+    return ", ".join(f"{share:.1%} of the {asked}" for asked, share in known.items())
+
+
+def _scores(probes: Sequence[ProbeResult], score: str) -> list[float]:
     """One score for each question: the best one of those that are the same question in other words."""
     grouped: dict[object, list[float]] = defaultdict(list)
     for index, probe in enumerate(probes):
-        score = getattr(probe, family)
-        if score is not None:
-            grouped[probe.question.group or index].append(float(score))
-    return [max(scores) for scores in grouped.values()]
+        value = getattr(probe, score)
+        if value is not None:
+            grouped[probe.question.group or index].append(float(value))
+    return [max(values) for values in grouped.values()]

@@ -24,7 +24,7 @@ class Question:
 
     Attributes:
         kind: the probe's kind within its measure ("neighbour"), or the measure's own name.
-        answers: accepted answers; for locality the benchmark's, which only the teacher-forced families use.
+        answers: accepted answers; for locality the benchmark's, which teacher forcing uses.
         subject: the edited subject where it stands in the prompt, else None.
         group: questions of one request with the same group count once, as right if any is right.
         was: what a model answers that knows the world as it was before the edit; empty where the benchmark doesn't say.

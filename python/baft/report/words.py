@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from baft.evaluation.probes import ASKED
+from baft.evaluation.measures import known_before, shares
 from baft.report.source import Results, RunSource
 
 __all__ = ["after", "count", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
@@ -66,9 +66,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
 
 def _known(results: Results) -> str | None:
     """How much the model knew of what it was to forget: the measures can't be read without."""
-    known = {asked: scores.known for measure, asked in ASKED.items() if (scores := results.last.scores(measure))}
-    shares = [f"{percent(share)} of the {asked}" for asked, share in known.items() if share is not None]
-    return f"given to {', '.join(shares)}" if shares else None
+    known = known_before(results.last.model_dump())
+    return f"given to {shares(known)}" if known else None
 
 
 def _settling(results: Results) -> str | None:

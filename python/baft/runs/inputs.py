@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from baft.config import BaftConfig
 from baft.datasets.factworld import WORLDS
-from baft.datasets.loading import load_dataset, load_rest
+from baft.datasets.loading import load_with_rest
 from baft.evaluation.probes import questions
 from baft.requests import EditRequest
 from baft.runs.placed import default_device, placement
@@ -94,7 +94,7 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
     """
-    requests = load_dataset(dataset)
+    requests, others = load_with_rest(dataset)
     edits = len(requests) if edits is None else edits
     if not 1 <= edits <= len(requests):
         raise ValueError(f"edits: expected 1 to {len(requests)}, the requests in {dataset}, got {edits}")
@@ -106,8 +106,10 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         pool, held_out = list(world.unrelated()), world.held_out()
     else:
         measured = {question.prompt for request in chosen for question in questions(request)}
-        rest += load_rest(dataset)
-        # The last ones, which the pool is least likely to reach; and of few records not all.
+        # Texts are held out of the requests themselves, as far as these go, since a model that is made to know a
+        # stretch of a file knows nothing of the others; and of few records not all.
+        draw.shuffle(others)
+        rest = others + rest
         unasked = [r for r in rest if r.ground_truth and r.prompt not in measured]
         apart = unasked[-min(_HELD_OUT, len(unasked) // 2) :] if len(unasked) > 1 else []
         held_out = [_sentence(request.prompt, request.ground_truth) for request in apart]

@@ -90,8 +90,13 @@ def results_from_json(values: Sequence[Mapping[str, Any]]) -> list[ProbeResult]:
     return [
         ProbeResult(
             Question(
-                *(v["measure"], v["kind"], v["prompt"], tuple(v["answers"]), v["subject"], v["group"]),
-                was=tuple(v.get("was", ())),  # an older version's rows don't say
+                v["measure"],
+                v["kind"],
+                v["prompt"],
+                tuple(v["answers"]),
+                v["subject"],
+                v["group"],
+                tuple(v.get("was", ())),  # an older version's rows don't say
             ),
             v["text"],
             v["before"],
