@@ -25,7 +25,10 @@ def error_of(source: str | Path) -> str:
 
 def test_an_unknown_name_says_what_was_looked_for_and_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "NAMED_DATASETS", {"toyworld": None, "otherworld": None})
-    expected = "zrse: expected a file or the name of a data set (otherworld, toyworld), found neither"
+    expected = (
+        "zrse: expected a file, a stretch of one (FILE[:300]) or the name of a data set (otherworld, toyworld),"
+        " found none"
+    )
     assert error_of("zrse") == expected
 
 
@@ -35,13 +38,14 @@ def test_a_stretch_that_the_file_does_not_have(stretch: str, got: str) -> None:
     assert error_of(DATA / f"zsre.json[{stretch}]") == expected
 
 
-def test_a_stretch_counts_from_the_beginning_and_has_no_steps() -> None:
-    for stretch in (":-1", "::2", "1"):
-        assert f"zsre.json[{stretch}]: expected a file or" in error_of(DATA / f"zsre.json[{stretch}]")
+@pytest.mark.parametrize("stretch", [":-1", "::2", "1"])
+def test_a_stretch_counts_from_the_beginning_and_has_no_steps(stretch: str) -> None:
+    message = error_of(DATA / f"zsre.json[{stretch}]")
+    assert message.startswith(f"zsre.json[{stretch}]: expected a file, a stretch of one (FILE[:300]) or")
 
 
 def test_a_stretch_of_no_file() -> None:
-    assert error_of(DATA / "zrse.json[:1]").startswith("zrse.json[:1]: expected a file or the name of a data set")
+    assert error_of(DATA / "zrse.json[:1]").startswith("zrse.json[:1]: expected a file, a stretch of one")
 
 
 FILE_ERRORS = {

@@ -77,7 +77,9 @@ def _stretch(source: str | Path) -> tuple[Path, list[Any], int, int]:
         path = Path(found["path"])
     if not path.exists():
         names = ", ".join(sorted(NAMED_DATASETS)) or "none"
-        raise DatasetError(f"{source}: expected a file or the name of a data set ({names}), found neither")
+        raise DatasetError(
+            f"{source}: expected a file, a stretch of one (FILE[:300]) or the name of a data set ({names}), found none"
+        )
     records = read_records(path)
     first = int(found["first"] or 0) if found else 0
     end = int(found["end"] or len(records)) if found else len(records)
