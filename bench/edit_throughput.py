@@ -2,7 +2,7 @@
 
     python bench/edit_throughput.py                     FactWorld, single and sequential edits, on this machine
     python bench/edit_throughput.py --slots 1 2 4 8 16  the curve over how many single edits share a pass
-    python bench/edit_throughput.py --model cf600 --dataset "counterfact_3k.json[:600]"    a testbed of `baft testbed`
+    python bench/edit_throughput.py --model cf1200 --dataset "counterfact_3k.json[:1200]"  a testbed of `baft testbed`
     python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
 
 Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
