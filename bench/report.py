@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -72,8 +71,10 @@ def command() -> str:
 
 def called(dataset: str) -> str:
     """A data set in the name of a file: ``data/facts.json[:600]`` as facts_0-600."""
-    path, first, end = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", dataset, re.DOTALL).groups()  # type: ignore[union-attr]
-    return Path(path).stem if first is None else f"{Path(path).stem}_{first or 0}-{end}"
+    from baft.datasets.loading import split_stretch  # only here: benchmarks of the operator need no baft
+
+    path, first, end = split_stretch(dataset)
+    return path.stem if (first, end) == (0, None) else f"{path.stem}_{first}-{'' if end is None else end}"
 
 
 def counted_threads(threads: int) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -184,7 +183,21 @@ def test_what_is_forgotten_is_forgotten_with_what_the_head_was_given() -> None:
     assert_same(memory.of(texts[:1]), expected)
 
 
-def test_what_the_head_is_given_takes_no_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edits_own_text_takes_no_memory_for_what_the_head_would_be_given() -> None:
+    memory = Memory()
+    memory.prefixes_of(EDITS)
+    # Prefixes alone, behind the rows that the company's have.
+    assert memory.states.written_bytes == rows_of(tokens(*COMPANY, *EDITS)) // 2
+
+
+def test_texts_of_a_pass_are_computed_once_and_no_further_than_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, unrelated = Memory(), Encoded((20, *range(3, 12)), 10, subject=(0, 0))
+    with watched(monkeypatch) as computed:
+        memory.passes.arrange(EDITS[:1], [unrelated], [0, 0], predictions=True)
+    assert computed == [10, tokens(EDITS[0])]
+
+
+def test_what_the_head_is_given_makes_no_prefix_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 28)]
     memory = Memory(memory=rows_of(tokens(*COMPANY) + 8 * 10))
     memory.prefixes_of(texts)
@@ -290,7 +303,7 @@ def test_what_could_not_be_written_is_not_known(which: int, known: int, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(buffer, "_write", refuse)
-        with contextlib.nullcontext() if which == 0 and known > 1 else pytest.raises(torch.OutOfMemoryError):
+        with nullcontext() if which == 0 and known > 1 else pytest.raises(torch.OutOfMemoryError):
             memory.of(EDITS)
     assert_same(memory.of(EDITS), expected)
 

@@ -24,8 +24,12 @@ class Behind:
         return Encoded((number, *wording.ids), wording.prompt_length + 1)
 
 
+def all_of(retellings: Retellings) -> list[Encoded]:
+    return [retellings[number] for number in range(len(retellings))]
+
+
 def test_each_wording_by_itself_and_the_request_and_each_behind_each_text() -> None:
-    found = list(Retellings(ROW, TOLD, 3, Behind()))
+    found = all_of(Retellings(ROW, TOLD, 3, Behind()))
     assert found[:2] == [*TOLD]
     assert [row.ids for row in found[2:]] == [(n, *wording.ids) for wording in (ROW, *TOLD) for n in range(3)]
 
@@ -34,19 +38,19 @@ def test_what_nobody_asks_for_is_not_made() -> None:
     behind = Behind()
     retellings = Retellings(ROW, TOLD, 3, behind)
     assert len(retellings) == 11 and retellings[1] == TOLD[1] and behind.made == []
-    assert retellings[7:9] == [retellings[7], retellings[8]]
-    assert behind.made == [(TOLD[0], 2), (TOLD[1], 0)] * 2
+    assert retellings[7].ids == (2, *TOLD[0].ids)
+    assert behind.made == [(TOLD[0], 2)]
 
 
 def test_where_no_text_will_do_a_wording_is_by_itself() -> None:
-    assert list(Retellings(ROW, TOLD, 1, lambda *_: None)) == [*TOLD, ROW, *TOLD]
+    assert all_of(Retellings(ROW, TOLD, 1, lambda *_: None)) == [*TOLD, ROW, *TOLD]
 
 
 def test_without_texts_there_is_what_others_tell() -> None:
-    assert list(Retellings(ROW, TOLD, 0, Behind())) == [*TOLD]
-    assert list(Retellings(ROW, (), 0, Behind())) == []
+    assert all_of(Retellings(ROW, TOLD, 0, Behind())) == [*TOLD]
+    assert all_of(Retellings(ROW, (), 0, Behind())) == []
     chunk = in_chunks(ROW, 1)[1]
-    assert list(Retellings(chunk, (), 3, Behind())) == []
+    assert all_of(Retellings(chunk, (), 3, Behind())) == []
 
 
 def test_it_is_counted_as_a_list_is() -> None:
@@ -60,6 +64,6 @@ def test_it_is_counted_as_a_list_is() -> None:
 def test_a_wording_that_is_not_known_in_words_stands_behind_none() -> None:
     """As where a template stands in it."""
     told = (Encoded(TOLD[0].ids, TOLD[0].prompt_length), TOLD[1])
-    found = list(Retellings(ROW, told, 2, Behind()))
+    found = all_of(Retellings(ROW, told, 2, Behind()))
     assert found[:2] == [*told]
     assert [row.ids for row in found[2:]] == [(n, *wording.ids) for wording in (ROW, TOLD[1]) for n in range(2)]

@@ -18,7 +18,7 @@ from baft.datasets.files import read_records
 from baft.datasets.formats import Format, recognise
 from baft.requests import EditRequest
 
-__all__ = ["NAMED_DATASETS", "load_dataset", "load_with_rest"]
+__all__ = ["NAMED_DATASETS", "load_dataset", "load_with_rest", "split_stretch"]
 
 
 def _requests_of(world: Callable[[], FactWorld]) -> list[EditRequest]:
@@ -68,21 +68,24 @@ def load_with_rest(source: str | Path) -> tuple[list[EditRequest], list[EditRequ
     return _convert(path, records, first, end), rest
 
 
+def split_stretch(source: str | Path) -> tuple[Path, int, int | None]:
+    """``FILE[M:N]`` as the file, M and N: 0 and None where they aren't said, or ``source`` is a file itself."""
+    found = _STRETCH.fullmatch(str(source))
+    if found is None or Path(source).exists():
+        return Path(source), 0, None
+    return Path(found["path"]), int(found["first"] or 0), int(found["end"]) if found["end"] else None
+
+
 def _stretch(source: str | Path) -> tuple[Path, list[Any], int, int]:
-    """A file, its records, and which of them are meant: all, unless ``source`` names a stretch and isn't a file."""
-    path, found = Path(source), _STRETCH.fullmatch(str(source))
-    if path.exists():
-        found = None
-    elif found:
-        path = Path(found["path"])
+    """A file, its records, and which of them are meant."""
+    path, first, end = split_stretch(source)
     if not path.exists():
         names = ", ".join(sorted(NAMED_DATASETS)) or "none"
         raise DatasetError(
             f"{source}: expected a file, a stretch of one (FILE[:300]) or the name of a data set ({names}), found none"
         )
     records = read_records(path)
-    first = int(found["first"] or 0) if found else 0
-    end = int(found["end"] or len(records)) if found else len(records)
+    end = len(records) if end is None else end
     if not first < end <= len(records):
         raise DatasetError(f"{source}: expected a stretch of the file's {len(records)} records, got {first} to {end}")
     return path, records, first, end

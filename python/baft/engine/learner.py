@@ -134,11 +134,10 @@ class Learner(ABC):
         drawn = int(torch.randint(2 * len(retold), (), generator=generator))
         return retold[drawn] if drawn < len(retold) else row
 
-    def _retold(self, row: Encoded) -> Sequence[Encoded]:
-        if not self.config.retellings:
-            return ()
+    def _retold(self, row: Encoded) -> Retellings:
+        told = self.surroundings.retold(row) if self.config.retellings else ()
         behind = partial(self.unrelated.behind, seed=self.config.seed)
-        return Retellings(row, self.surroundings.retold(row), self.config.contexts, behind)
+        return Retellings(row, told, self.config.contexts, behind)
 
     def remember(self, past: Sequence[Encoded]) -> None:
         """Let all of ``past`` be rehearsed from now on, or have their chance of it."""

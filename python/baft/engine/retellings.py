@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import overload
 
 from baft.engine.encoding import Encoded
 
 __all__ = ["Retellings"]
 
 
-class Retellings(Sequence[Encoded]):
+class Retellings:
     """A request as others tell it; and behind unrelated texts, each of these and the request itself.
 
     Those behind texts are made when they are asked for, which few of them ever are. Where no text will do, it is the
@@ -38,13 +37,7 @@ class Retellings(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._told) + self._contexts * len(self._in_words)
 
-    @overload
-    def __getitem__(self, number: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, number: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(number, slice):
-            return [self[k] for k in range(len(self))[number]]
+    def __getitem__(self, number: int) -> Encoded:
         number = range(len(self))[number]
         if number < len(self._told):
             return self._told[number]

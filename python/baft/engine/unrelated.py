@@ -73,8 +73,7 @@ class UnrelatedPool:
         # Drawn by the request alone, so that it doesn't matter what was edited before.
         first = random.Random(f"{seed} {words}").randrange(max(1, len(self._short))) + number
         others = (self._short[(first + k) % len(self._short)] for k in range(len(self._short)))
-        named = (subject or "\0").casefold()
-        text = next((text for text in others if named not in text.casefold()), None)
+        text = next((text for text in others if not (subject and subject.casefold() in text.casefold())), None)
         if text is None:
             warnings.warn(
                 f"contexts: none of {len(self)} unrelated texts has whole sentences of at most {_SHORT} characters"
