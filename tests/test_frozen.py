@@ -173,6 +173,14 @@ def test_what_the_head_is_given_is_computed_when_it_is_asked_for(monkeypatch: py
     assert computed == [tokens(EDITS[k]) for k in (0, 1, 2, 1, 2, 0)]
 
 
+def test_of_company_both_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    with watched(monkeypatch) as computed:
+        memory.prefixes_of(COMPANY)
+        memory.of(COMPANY)
+    assert sum(computed) == tokens(*COMPANY)
+
+
 def test_what_is_forgotten_is_forgotten_with_what_the_head_was_given() -> None:
     texts = [Encoded((first, *range(3, 12)), 10) for first in range(20, 40)]
     expected, memory = Memory().of(texts[:1]), Memory(memory=rows_of(tokens(*COMPANY) + 8 * 10))
