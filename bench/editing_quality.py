@@ -54,7 +54,7 @@ class Variant:
 
 
 METHODS = {"BaFT": Variant("baft"), "LoReFT": Variant("loreft")}
-GRID = {"learning_rate": (4e-3, 8e-3), "locality_weight": (20.0, 40.0, 80.0)}
+GRID = {"learning_rate": (4e-3, 8e-3), "locality_weight": (7.5, 15.0, 30.0)}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gates learn as fast as the rest": {"gate_learning_rate": BaftConfig().learning_rate},
