@@ -1,6 +1,6 @@
 """How many edits a second? Against editing as one would write it first, and with each part of ours switched off.
 
-    python bench/edit_throughput.py                     FactWorld, single and sequential edits, on this machine
+    python bench/edit_throughput.py                     FactWorld: single, sequential and batched edits
     python bench/edit_throughput.py --slots 1 2 4 8 16  the curve over how many single edits share a pass
     python bench/edit_throughput.py --model cf1200 --dataset "counterfact_3k.json[:1200]"  a testbed of `baft testbed`
     python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
@@ -8,8 +8,9 @@
 Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
 each step, whose predictions shall stay. What the model says of the subject is in neither, as a plain editor wouldn't
 ask. The last table has the operations of a step's matrix products, and how long these take alone. Variants take turns,
-and seconds are medians over rounds. "Plain" is bench/plain_editing.py; "times plain" compares steps. Results go to
-bench/results/ as JSON, Markdown and a picture.
+and seconds are medians over rounds. "Plain" is bench/plain_editing.py; "times plain" compares steps, of a batch the
+plain one's first few. MiB is what editing takes at most beyond the model, in ours all that it keeps of texts. Results
+go to bench/results/ as JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -18,10 +19,7 @@ import argparse
 import itertools
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +27,9 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
 
-import torch  # noqa: E402  # after the folders of this checkout are known
-from plain_editing import PlainEditor, Text, generate_one_by_one  # noqa: E402
+# After the folders of this checkout are known:
+from contenders import TASKS, Subject, Timed, edit_ours, edit_plainly, now, plain_editor, plain_text, removed  # noqa: E402
+from plain_editing import generate_one_by_one  # noqa: E402
 from products import recorded_products  # noqa: E402
 from report import RESULTS, called, markdown, provenance  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -39,20 +38,14 @@ from shapes import SHAPES, build  # noqa: E402
 from stopwatch import SECTIONS, Stopwatch  # noqa: E402
 from throughput_pictures import draw_curve, draw_parts  # noqa: E402
 
-from baft import BaftConfig, BaftEditor, EditRequest  # noqa: E402
-from baft.engine.encoding import Encoded  # noqa: E402
-from baft.engine.modes import frozen_for_editing  # noqa: E402
+from baft.editing import Mode  # noqa: E402
 from baft.engine.options import EngineOptions  # noqa: E402
 from baft.engine.sets import ParameterSets  # noqa: E402
-from baft.evaluation.measures import Evaluator, summarise  # noqa: E402
 from baft.evaluation.probes import questions  # noqa: E402
 from baft.runs.inputs import load_assignment, load_model  # noqa: E402
 from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
 
-TASKS: dict[str, dict[str, Any]] = {
-    "edit": {"locality_weight": 0.0, "rehearsal": 0, "subject_texts": 0},
-    "edit + locality": {"subject_texts": 0},
-}
+MODES: tuple[Mode, ...] = ("single", "sequential", "batch")
 OURS = "ours"
 PARTS = {
     OURS: EngineOptions(),
@@ -63,34 +56,7 @@ PARTS = {
     "+ CUDA graphs": EngineOptions(graphs=True),
 }
 # What makes no difference there.
-WITHOUT: dict[str, set[str]] = {"single": set(), "sequential": {"- edits abreast"}}
-
-
-@dataclass
-class Subject:
-    """What is edited: a model, requests, texts to leave alone, and overrides of the configuration."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    requests: list[EditRequest]
-    unrelated: list[str] | None
-    overrides: dict[str, Any]
-
-    def editor(self, task: str, options: EngineOptions) -> BaftEditor:
-        config = BaftConfig(**{**TASKS[task], **self.overrides, "consolidate_every": 0})
-        return BaftEditor(self.model, self.tokenizer, config, unrelated=self.unrelated, options=options)
-
-
-@dataclass
-class Timed:
-    """Editing some requests: seconds, steps of all, and outcomes if there are any."""
-
-    edits: int
-    seconds: float
-    steps: int
-    padding: float | None = None
-    quality: dict[str, float] | None = None
+WITHOUT: dict[Mode, set[str]] = {"single": set(), "sequential": {"- edits abreast"}, "batch": {"- edits abreast"}}
 
 
 def main() -> None:
@@ -98,15 +64,16 @@ def main() -> None:
     parser.add_argument("--model", default="factworld")
     parser.add_argument("--dataset", default="factworld")
     parser.add_argument("--shape", choices=SHAPES, help="a real model's shape, with random weights")
-    parser.add_argument("--modes", nargs="+", choices=("single", "sequential"), default=("single", "sequential"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--requests", type=int, default=32, help="edited by each of our variants in a round")
-    parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one")
+    parser.add_argument("--requests", type=int, default=32, help="edited by each of our variants in a round; the batch")
+    parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one; its steps of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    options.out.mkdir(parents=True, exist_ok=True)
     subject = load(options)
     if options.slots:
         report_slots(subject, options, console)
@@ -126,7 +93,9 @@ def load(options: argparse.Namespace) -> Subject:
 
 
 def report_parts(subject: Subject, options: argparse.Namespace, console: Console) -> None:
-    rows = [["mode", "task", "variant", "s/edit", "ms/step", "times plain", "padding", "reliability", "locality"]]
+    rows = [
+        ["mode", "task", "variant", "s/edit", "ms/step", "times plain", "MiB", "padding", "reliability", "locality"]
+    ]
     raw: list[dict[str, Any]] = []
     shares = [["task", "variant", *SECTIONS]]
     for mode, task in itertools.product(options.modes, options.tasks):
@@ -137,9 +106,10 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
                     mode,
                     task,
                     line["variant"],
-                    f"{line['seconds_per_edit']:.4f}",
+                    _figure(line["seconds_per_edit"], 4),
                     f"{line['seconds_per_step'] * 1e3:.2f}",
                     f"{line['times_plain']:.2f}",
+                    _figure(line["peak_mib"], 0),
                     *(_figure(line[name]) for name in ("padding", "reliability", "locality")),
                 ]
             )
@@ -188,17 +158,19 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
 
 
 def compare(
-    subject: Subject, mode: str, task: str, options: argparse.Namespace, console: Console
+    subject: Subject, mode: Mode, task: str, options: argparse.Namespace, console: Console
 ) -> Iterator[dict[str, Any]]:
     """Every variant's figures, the plain one's first."""
+    requests, plain_requests = options.requests, options.plain_requests
+    plain_count = requests if mode == "batch" else plain_requests
+    count = plain_requests * 2 if mode == "sequential" else requests
     variants: dict[str, Callable[[], Timed]] = {
-        "plain": lambda: edit_plainly(subject, mode, task, options.plain_requests)
+        "plain": lambda: edit_plainly(subject, mode, task, plain_count, rounds=plain_requests)
     }
     for name, engine in PARTS.items():
         if name in WITHOUT[mode] or (engine.graphs and subject.model.device.type != "cuda"):
             continue
-        count = options.requests if mode == "single" else options.plain_requests * 2
-        variants[name] = lambda engine=engine, count=count: edit_ours(subject, mode, task, count, engine)
+        variants[name] = lambda engine=engine: edit_ours(subject, mode, task, count, engine)
     timed: dict[str, list[Timed]] = {name: [] for name in variants}
     for round_ in range(options.rounds):
         for name, run in variants.items():
@@ -212,84 +184,14 @@ def compare(
             "mode": mode,
             "task": task,
             "variant": name,
-            "seconds_per_edit": median(t.seconds / t.edits for t in runs),
+            "seconds_per_edit": None if (edits := runs[0].edits) is None else median(t.seconds for t in runs) / edits,
             "seconds_per_step": step,
             "times_plain": plain / step,
+            "peak_mib": None if None in (peaks := [t.peak_bytes for t in runs]) else max(peaks) / 2**20,
             "padding": runs[0].padding,
             **(runs[0].quality or {"reliability": None, "locality": None}),
             "rounds": [vars(t) for t in runs],
         }
-
-
-def edit_ours(subject: Subject, mode: str, task: str, count: int, options: EngineOptions) -> Timed:
-    editor = subject.editor(task, options)
-    requests = subject.requests[:count]
-    with removed(editor):
-        editor.edit_each(requests[:1]).__next__()  # what is done once: texts encoded, gates calibrated
-        steps = 0
-
-        def stepped(*_: object) -> None:
-            nonlocal steps
-            steps += 1
-
-        start = _now(subject)
-        if mode == "single":
-            outcomes = list(editor.edit_each(requests, on_step=stepped))
-        else:
-            outcomes = editor.edit(requests, "sequential", on_step=stepped)
-        seconds = _now(subject) - start
-        quality = None
-        if not subject.overrides:  # random weights have no quality
-            states = [outcome.state for outcome in outcomes] if mode == "single" else None
-            measured = Evaluator(editor, max_new_tokens=12, batch_size=128).measure(
-                [outcome.request for outcome in outcomes], states=states
-            )
-            metrics = summarise(measured)
-            quality = {name: metrics[name]["generation"] for name in ("reliability", "locality")}
-        return Timed(count, seconds, steps, editor.engine_report()["padding"], quality)
-
-
-def edit_plainly(subject: Subject, mode: str, task: str, count: int) -> Timed:
-    """The same edits, drawn by our editor's own trainer."""
-    with plain_editor(subject, task) as (plain, draw_for):
-        steps, past = 0, []
-        start = _now(subject)
-        for request in range(count):
-            if mode == "single":
-                plain.restart()
-            draw, encoded = draw_for(request, past)
-            steps += plain.edit(draw)[0]
-            if mode == "sequential":
-                past.append(encoded)
-        return Timed(count, _now(subject) - start, steps)
-
-
-@contextmanager
-def plain_editor(subject: Subject, task: str) -> Iterator[tuple[PlainEditor, Callable[..., Any]]]:
-    ours = subject.editor(task, EngineOptions())
-    with removed(ours):
-        trainer = ours._begin()
-        starts = {
-            layer: tuple(getattr(i, name).detach().clone() for name in ("basis", "gate", "gate_bias"))
-            for layer, i in ours.attachment.interventions.items()
-        }
-    plain = PlainEditor(subject.model, ours.attachment.blocks.modules, starts, ours.config, ours.encoder.pad_id)
-
-    def draw_for(request: int, past: Sequence[Encoded]) -> tuple[Callable[[], Any], Encoded]:
-        encoded = ours._encode(subject.requests[request])
-        generator = torch.Generator().manual_seed(request)
-
-        def draw() -> tuple[list[Text], list[Text]]:
-            lesson = trainer.lesson([encoded], past, generator=generator)
-            return [_plain(t) for t in lesson.edits], [_plain(t) for t in lesson.unrelated]
-
-        return draw, encoded
-
-    try:
-        with frozen_for_editing(subject.model):
-            yield plain, draw_for
-    finally:
-        plain.remove()
 
 
 # -- where the time goes -----------------------------------------------------------------------------------------------
@@ -304,7 +206,7 @@ def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[s
         calls: list[tuple[Any, str, str]] = [(type(plain.optimizer), "step", "optimiser")]
         calls += [(i, "forward", "interventions") for i in plain.interventions.values()]
         with watch.on(subject.model, blocks, first, calls):
-            plain.edit(draw_for(0, [])[0])
+            plain.edit(draw_for([0]))
         found["plain"] = dict(watch.seconds)
     editor = subject.editor(task, EngineOptions())
     with removed(editor):
@@ -327,10 +229,10 @@ def product_bound(subject: Subject, task: str, options: argparse.Namespace) -> d
     """
     found = {}
     with plain_editor(subject, task) as (plain, draw_for):
-        plain.edit(draw_for(0, [])[0])
+        plain.edit(draw_for([0]))
         plain.restart()
         with recorded_products() as products:
-            steps = plain.edit(draw_for(0, [])[0])[0]
+            steps = plain.edit(draw_for([0]))[0]
         found["plain"] = {"operations": products.operations / steps, "seconds": products.seconds() / steps}
     editor = subject.editor(task, EngineOptions())
     with removed(editor):
@@ -358,22 +260,22 @@ def compare_asking(subject: Subject, options: argparse.Namespace) -> dict[str, A
         outcomes = sorted(editor.edit_each(subject.requests), key=lambda outcome: outcome.index)
         asked = [(o, question.prompt) for o in outcomes for question in questions(o.request)]
         before, texts = editor.state(), []
-        start = _now(subject)
+        start = now(subject)
         current = None
         for outcome, prompt in asked:
             if current is not outcome:
                 editor.load_state(outcome.state)
                 current = outcome
             text = generate_one_by_one(
-                subject.model, [_plain(editor.encoder.prompt(prompt))], 12, subject.tokenizer.eos_token_id
+                subject.model, [plain_text(editor.encoder.prompt(prompt))], 12, subject.tokenizer.eos_token_id
             )[0]
             texts.append(subject.tokenizer.decode(text.ids[text.prompt_length :], skip_special_tokens=True))
-        one_by_one = (_now(subject) - start) / len(asked)
+        one_by_one = (now(subject) - start) / len(asked)
         editor.load_state(before)
         bank = editor.bank([outcome.state for outcome in outcomes])
         seconds = []
         for _ in range(options.rounds):
-            start = _now(subject)
+            start = now(subject)
             together = editor.generate(
                 [prompt for _, prompt in asked],
                 adapters=bank,
@@ -381,7 +283,7 @@ def compare_asking(subject: Subject, options: argparse.Namespace) -> dict[str, A
                 max_new_tokens=12,
                 batch_size=128,
             )
-            seconds.append((_now(subject) - start) / len(asked))
+            seconds.append((now(subject) - start) / len(asked))
     same = sum(a == b for a, b in zip(texts, together, strict=True)) / len(asked)
     return {"questions": len(asked), "plain": one_by_one, "ours": median(seconds), "same": same}
 
@@ -397,7 +299,7 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
                 edit_ours(subject, "single", task, options.requests, EngineOptions(slots=slots))
                 for _ in range(options.rounds)
             ]
-            seconds = median(t.seconds / t.edits for t in runs)
+            seconds = median(t.seconds for t in runs) / options.requests
             step = median(t.seconds / t.steps for t in runs)
             raw.append({"task": task, "slots": slots, "seconds_per_edit": seconds, "rounds": [vars(t) for t in runs]})
             rows.append([task, str(slots), f"{seconds:.4f}", f"{step * 1e3:.2f}"])
@@ -414,15 +316,6 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
 # -- small things ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def removed(editor: BaftEditor) -> Iterator[None]:
-    """Take an editor off its model at the end."""
-    try:
-        yield
-    finally:
-        editor.remove()
-
-
 def show(rows: list[list[str]], console: Console) -> None:
     table = Table(*rows[0])
     for row in rows[1:]:
@@ -430,18 +323,8 @@ def show(rows: list[list[str]], console: Console) -> None:
     console.print(table)
 
 
-def _plain(text: Encoded) -> Text:
-    return Text(text.ids, text.prompt_length)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _now(subject: Subject) -> float:
-    if subject.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -86,5 +86,5 @@ def build(shape: str, requests: int) -> tuple[Any, Any, list[EditRequest], list[
     tokenizer = train_tokenizer(texts, 1200)
     depth = sizes["num_hidden_layers"]
     layers = tuple(layer * depth // 32 for layer in (9, 18, 24, 28))
-    overrides = {"rank": 12, "layers": layers, "max_steps": 25, "stop_below": 0.0}
+    overrides = {"rank": 12, "layers": layers, "max_steps": 25, "batch_passes": 25, "stop_below": 0.0}
     return model.eval(), tokenizer, world.requests(requests), texts[:2048], overrides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ def draw_parts(raw: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in raw if "times_plain" in line and line["variant"] != "plain"]
-    panels = list(dict.fromkeys((line["mode"], line["task"]) for line in lines))
-    figure = Figure(figsize=(4 * len(panels), 2.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    modes, tasks = (list(dict.fromkeys(line[name] for line in lines)) for name in ("mode", "task"))
+    figure = Figure(figsize=(4.5 * len(tasks), 2.2 * len(modes)), layout="constrained")
+    panels = figure.subplots(len(modes), len(tasks), squeeze=False)
+    for axes, panel in zip(panels.flat, itertools.product(modes, tasks), strict=True):
         shown = [line for line in lines if (line["mode"], line["task"]) == panel][::-1]
         bars = axes.barh([line["variant"] for line in shown], [line["times_plain"] for line in shown])
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.margins(x=0.25)
-        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.axvline(1.0, color="0.7", linewidth=0.8, zorder=0)
         axes.set(title=", ".join(panel), xlabel="times as fast as plain editing")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)

@@ -1,0 +1,163 @@
+"""The two that bench/edit_throughput.py times: editing as one would write it first, and our engine, doing the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peak_memory import PeakMemory
+from plain_editing import PlainEditor, Text
+
+from baft import BaftConfig, BaftEditor, EditRequest
+from baft.editing import Mode
+from baft.engine.encoding import Encoded
+from baft.engine.modes import frozen_for_editing
+from baft.engine.options import EngineOptions
+from baft.evaluation.measures import Evaluator, summarise
+
+__all__ = ["TASKS", "Subject", "Timed", "edit_ours", "edit_plainly", "now", "plain_editor", "plain_text", "removed"]
+
+TASKS: dict[str, dict[str, Any]] = {
+    "edit": {"locality_weight": 0.0, "rehearsal": 0, "subject_texts": 0},
+    "edit + locality": {"subject_texts": 0},
+}
+
+
+@dataclass
+class Subject:
+    """What is edited: a model, requests, texts to leave alone, and overrides of the configuration."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    requests: list[EditRequest]
+    unrelated: list[str] | None
+    overrides: dict[str, Any]
+
+    def editor(self, task: str, options: EngineOptions) -> BaftEditor:
+        config = BaftConfig(**{**TASKS[task], **self.overrides, "consolidate_every": 0})
+        return BaftEditor(self.model, self.tokenizer, config, unrelated=self.unrelated, options=options)
+
+
+@dataclass
+class Timed:
+    """Editing some requests: seconds, steps of all, bytes beyond what was held before, and what came of it.
+
+    Attributes:
+        edits: how many were made; None of a batch that wasn't trained to its end.
+        quality: measures by name; None where there is nothing to measure.
+    """
+
+    edits: int | None
+    seconds: float
+    steps: int
+    peak_bytes: int | None
+    padding: float | None = None
+    quality: dict[str, float] | None = None
+
+
+def edit_ours(subject: Subject, mode: Mode, task: str, count: int, options: EngineOptions) -> Timed:
+    """Make ``count`` edits, and ask the edited models about them."""
+    memory = PeakMemory(subject.model.device)
+    editor = subject.editor(task, options)
+    requests = subject.requests[:count]
+    with removed(editor):
+        next(editor.edit_each(requests[:1]))  # what is done once: texts encoded, gates calibrated
+        steps = 0
+
+        def stepped(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        start = now(subject)
+        if mode == "single":
+            outcomes = list(editor.edit_each(requests, on_step=stepped))
+        else:
+            outcomes = editor.edit(requests, mode, on_step=stepped)
+        seconds, peak_bytes = now(subject) - start, memory.bytes()
+        quality = None
+        if not subject.overrides:  # random weights have no quality
+            states = [outcome.state for outcome in outcomes] if mode == "single" else None
+            measured = Evaluator(editor, max_new_tokens=12, batch_size=128).measure(
+                [outcome.request for outcome in outcomes], states=states
+            )
+            metrics = summarise(measured)
+            quality = {name: metrics[name]["generation"] for name in ("reliability", "locality")}
+        return Timed(count, seconds, steps, peak_bytes, editor.engine_report()["padding"], quality)
+
+
+def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: int) -> Timed:
+    """The same, with texts drawn by our editor's own trainer: ``count`` edits, or of a batch so many ``rounds``."""
+    with plain_editor(subject, task) as (plain, draw_for):
+        memory, steps = PeakMemory(subject.model.device), 0
+        start = now(subject)
+        if mode == "batch":
+            size = plain.config.batch_size
+            for _ in range(rounds):
+                for first in range(0, count, size):
+                    plain.step(*draw_for(range(first, min(first + size, count)))())
+                    steps += 1
+        else:
+            for number in range(count):
+                if mode == "single":
+                    plain.restart()
+                draw = draw_for([number], range(number) if mode == "sequential" else ())
+                steps += plain.edit(draw)[0]
+        return Timed(None if mode == "batch" else count, now(subject) - start, steps, memory.bytes())
+
+
+DrawFor = Callable[..., Callable[[], tuple[list[Text], list[Text]]]]
+"""What draws the texts of a step on some requests, after others, both by number: edits, and unrelated ones."""
+
+
+@contextmanager
+def plain_editor(subject: Subject, task: str) -> Iterator[tuple[PlainEditor, DrawFor]]:
+    """The plain one, that starts where ours does; and what draws its steps' texts."""
+    ours = subject.editor(task, EngineOptions())
+    with removed(ours):
+        trainer = ours._begin()
+        starts = {
+            layer: tuple(getattr(i, name).detach().clone() for name in ("basis", "gate", "gate_bias"))
+            for layer, i in ours.attachment.interventions.items()
+        }
+    plain = PlainEditor(subject.model, ours.attachment.blocks.modules, starts, ours.config, ours.encoder.pad_id)
+
+    def draw_for(new: Sequence[int], past: Sequence[int] = ()) -> Callable[[], tuple[list[Text], list[Text]]]:
+        taught, rehearsed = ([ours._encode(subject.requests[k]) for k in numbers] for numbers in (new, past))
+        generator = torch.Generator().manual_seed(new[0])
+
+        def draw() -> tuple[list[Text], list[Text]]:
+            lesson = trainer.lesson(taught, rehearsed, generator=generator)
+            return [plain_text(t) for t in lesson.edits], [plain_text(t) for t in lesson.unrelated]
+
+        return draw
+
+    try:
+        with frozen_for_editing(subject.model):
+            yield plain, draw_for
+    finally:
+        plain.remove()
+
+
+@contextmanager
+def removed(editor: BaftEditor) -> Iterator[None]:
+    """Take an editor off its model at the end."""
+    try:
+        yield
+    finally:
+        editor.remove()
+
+
+def plain_text(text: Encoded) -> Text:
+    return Text(text.ids, text.prompt_length)
+
+
+def now(subject: Subject) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if subject.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

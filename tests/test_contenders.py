@@ -1,0 +1,59 @@
+"""What bench/edit_throughput.py times: that plain editing and ours do the same, and how much memory it takes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from contenders import TASKS, Subject, edit_ours, edit_plainly, plain_editor  # after the benchmarks' folder is known
+from peak_memory import PeakMemory
+from tiny import tiny_model, tiny_tokenizer
+
+from baft import EditRequest
+from baft.editing import Mode
+from baft.engine.options import EngineOptions
+
+REQUESTS = [EditRequest(prompt=f"the {name} of", target=target) for name, target in (("red", "a dog"), ("one", "cats"))]
+OVERRIDES = {"rank": 4, "max_steps": 3, "batch_passes": 3, "stop_below": 0.0, "unrelated_per_step": 4}
+
+
+@pytest.fixture
+def subject() -> Subject:
+    texts = [f"text {k} of the red house" for k in range(8)]
+    return Subject("tiny", tiny_model(), tiny_tokenizer(), REQUESTS, texts, OVERRIDES)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_both_begin_with_the_same_loss(subject: Subject, task: str) -> None:
+    with plain_editor(subject, task) as (plain, draw_for):
+        plainly = [plain.step(*draw_for([number])()) for number in (0, 1) if plain.restart() is None]
+    editor = subject.editor(task, EngineOptions())
+    ours = [outcome.curve.losses[0] for outcome in editor.edit(REQUESTS, "single")]
+    torch.testing.assert_close(torch.tensor(plainly), torch.tensor(ours))
+    assert abs(ours[0] - ours[1]) > 1e-3  # or it wouldn't show whose they are
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_both_take_the_steps_that_are_counted(subject: Subject, mode: Mode) -> None:
+    plain = edit_plainly(subject, mode, "edit + locality", 2, rounds=3)
+    ours = edit_ours(subject, mode, "edit + locality", 2, EngineOptions())
+    assert plain.steps == ours.steps == (3 if mode == "batch" else 6)
+    assert (plain.edits, ours.edits) == (None if mode == "batch" else 2, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process anew")
+def test_memory_is_the_highest_point_since_the_beginning() -> None:
+    before = torch.ones(32 << 18)  # 32 MiB
+    memory = PeakMemory(torch.device("cpu"))
+    for size in (8, 64, 16):
+        torch.ones(size << 18)
+    found = memory.bytes()
+    assert found is not None and 60 <= found / 2**20 < 92  # the system counts by the way, in steps
+    assert PeakMemory(torch.device("cpu")).bytes() < 8 << 20  # type: ignore[operator]
+    del before
