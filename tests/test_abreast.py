@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from baft import BaftEditor, EditRequest
 from baft.editor import EditOutcome
 from baft.engine.options import EngineOptions
+from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, StepInputs, TrainingStep
 from baft.evaluation.measures import Evaluator
+from baft_kernels import GroupedBaftIntervention
 
 # In batches of different shapes the same sums round differently, by 6e-8. AdamW divides by the gradient's own size,
 # which makes more of that where a gradient is nearly 0, and each step starts from what the last one left: after six,
@@ -183,7 +185,7 @@ def test_what_is_done_leaves_and_what_waits_enters(monkeypatch: pytest.MonkeyPat
     assert len(set(lengths)) > 1, "expected requests that take different numbers of steps"
     # Two lanes: who is next takes the one that is free first.
     lanes: list[list[int]] = [[], []]
-    waiting = sorted(range(len(REQUESTS)), key=lambda k: len(editor._encode(REQUESTS[k]).ids))
+    waiting = sorted(range(len(REQUESTS)), key=lambda k: -len(editor._encode(REQUESTS[k]).ids))
     for step in range(len(steps)):
         for lane in lanes:
             if len(lane) == step and waiting:
@@ -202,6 +204,22 @@ def test_there_are_no_more_slots_than_requests(monkeypatch: pytest.MonkeyPatch) 
         assert [len(step) for step in steps] == [3] * SHORT["max_steps"]
 
 
+def test_the_longest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = editor_with(1, **SHORT)
+    lengths = {f"{r.prompt} {r.target}": len(editor._encode(r).ids) for r in REQUESTS}
+    with taught(editor, monkeypatch) as steps:
+        edited(editor, REQUESTS)
+    trained = [lengths[lesson.texts[0]] for (lesson,) in steps]
+    assert trained == sorted(trained, reverse=True) and trained[0] > trained[-1]
+
+
+def test_how_many_went_abreast_is_reported() -> None:
+    editor = editor_with(2, **SHORT)
+    assert "abreast" not in editor.engine_report()
+    edited(editor, REQUESTS)
+    assert editor.engine_report()["abreast"] == {"slots": 2, "lesson_bytes": None, "graphs": "no: switched off"}
+
+
 def test_outcomes_come_as_soon_as_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = editor_with(2, stop_below=0.8)
     with taught(editor, monkeypatch) as steps:
@@ -211,7 +229,14 @@ def test_outcomes_come_as_soon_as_they_are_there(monkeypatch: pytest.MonkeyPatch
     assert seen[0][0] < seen[-1][0] == len(steps)
 
 
-def test_where_memory_runs_out_half_as_many_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("pretended"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_where_memory_runs_out_half_as_many_go_on(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [edited(editor_with(1, **SHORT), [request])[0] for request in REQUESTS]
     call = TrainingStep.__call__
     tried: list[int] = []
@@ -219,7 +244,7 @@ def test_where_memory_runs_out_half_as_many_go_on(monkeypatch: pytest.MonkeyPatc
     def small(step: TrainingStep, lessons: Sequence[Lesson], *rest: Any, **options: Any) -> Any:
         tried.append(len(lessons))
         if len(lessons) > 1 and len(tried) > 2:  # at first there was more
-            raise torch.OutOfMemoryError("pretended")
+            raise error
         return call(step, lessons, *rest, **options)
 
     monkeypatch.setattr(TrainingStep, "__call__", small)
@@ -228,6 +253,31 @@ def test_where_memory_runs_out_half_as_many_go_on(monkeypatch: pytest.MonkeyPatc
     assert tried[:5] == [5, 5, 5, 2, 1]
     for actual, expected in zip(outcomes, alone, strict=True):
         assert_close(actual, expected)
+
+
+def test_memory_may_run_out_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ParameterSets.__init__
+
+    def small(sets: ParameterSets, interventions: Any, *rest: Any) -> None:
+        if any(isinstance(i, GroupedBaftIntervention) and i.sets > 2 for i in interventions.values()):
+            raise torch.OutOfMemoryError("pretended")
+        made(sets, interventions, *rest)
+
+    expected = edited(editor_with(2, **SHORT), REQUESTS)
+    monkeypatch.setattr(ParameterSets, "__init__", small)
+    with pytest.warns(RuntimeWarning, match="going on with 2 edits"):
+        outcomes = edited(editor_with(5, **SHORT), REQUESTS)
+    for actual, other in zip(outcomes, expected, strict=True):
+        assert_close(actual, other)
+
+
+def test_another_error_is_nobodys_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes don't fit")
+
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    with pytest.raises(RuntimeError, match="shapes don't fit"):
+        edited(editor_with(2, **SHORT), REQUESTS)
 
 
 def test_where_not_one_edit_fits_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +314,29 @@ def test_a_loss_that_is_no_number_stops_that_request_only(slots: int, locality_l
             EditOutcome(expected.index, actual.request, actual.curve, actual.state),
             expected,
         )
+
+
+@pytest.mark.parametrize("parameter", ["basis", "gate_bias"])
+def test_what_its_last_step_undoes_is_stopped_too(parameter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = TrainingStep.__call__
+    steps = 0
+
+    def spoil(step: TrainingStep, lessons: Sequence[Lesson], *rest: Any, **options: Any) -> Any:
+        nonlocal steps
+        losses, steps = call(step, lessons, *rest, **options), steps + 1
+        if steps == SHORT["max_steps"]:
+            step.sets._values[f"layers.1.{parameter}"][1].fill_(math.nan)
+        return losses
+
+    expected = edited(editor_with(3, **SHORT), REQUESTS[:3])
+    monkeypatch.setattr(TrainingStep, "__call__", spoil)
+    outcomes = edited(editor_with(3, **SHORT), REQUESTS[:3])
+    assert [outcome.curve.diverged for outcome in outcomes].count(True) == 1
+    for actual, other in zip(outcomes, expected, strict=True):
+        if actual.curve.diverged:
+            assert not actual.curve.converged and math.isfinite(actual.curve.losses[-1])
+        else:
+            assert_same_bits(state_of(actual), state_of(other))
 
 
 def test_a_request_that_was_stopped_is_measured_with_the_others() -> None:

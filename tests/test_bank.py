@@ -231,6 +231,27 @@ def test_states_are_measured_side_by_side_as_one_at_a_time(positions: str) -> No
     assert any(result.text != result.before for results in together for result in results)
 
 
+def test_states_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = editor_for(max_steps=6)
+    outcomes = sorted(editor.edit_each(MEASURED), key=lambda outcome: outcome.index)
+    states = [outcome.state for outcome in outcomes if outcome.state is not None]
+    passes, forward = [], type(editor.model).forward
+
+    def counted(self: object, *args: object, **kwargs: object) -> object:
+        passes.append(1)
+        return forward(editor.model, *args, **kwargs)
+
+    monkeypatch.setattr(type(editor.model), "forward", counted)
+
+    def count(requests: list[EditRequest], states: list[dict[str, Tensor]]) -> int:
+        passes.clear()
+        Evaluator(editor, max_new_tokens=5).measure(requests, states=states)
+        return len(passes)
+
+    # Three take as many passes as one: one for each token that is generated, two for the forced answers.
+    assert count(MEASURED, states) <= count(MEASURED[:1], states[:1]) + 5
+
+
 def test_the_unedited_models_answers_are_its_own_under_a_bank() -> None:
     editor = editor_for()
     with editor.disabled():

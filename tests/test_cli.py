@@ -218,6 +218,7 @@ def test_the_other_modes(mode: str, testbed: Path, dataset: Path, tmp_path: Path
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["metrics"]["immediate"]["reliability"]["generation"] == 1.0
     assert (results["metrics"]["final"] is None) == (mode == "single")
+    assert results["engine"].get("abreast", {}).get("slots") == (3 if mode == "single" else None)
     assert "reliability" in done.stdout and "100.0 %" in done.stdout
 
 

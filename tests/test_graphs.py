@@ -19,7 +19,13 @@ from baft.engine.buckets import rounded_up
 from baft.engine.graphs import Capture, CudaCapture, Graphs
 from baft.engine.options import EngineOptions
 from baft.engine.step import Found, StepInputs, TrainingStep
-from baft_kernels import retract_near_
+from baft_kernels import retract_near_, stiefel
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value is at hand before the device has computed it."""
+    monkeypatch.setattr(stiefel, "_is_known", lambda value: False)
 
 
 class Eager(Graphs):
@@ -43,9 +49,10 @@ def editor_with(
     return editor
 
 
-def captured(editor: BaftEditor, what: str = "graphs") -> int:
+def captured(editor: BaftEditor, *, abreast: bool = False) -> int:
     """How many shapes were, and no reason against more was found."""
-    said = str(editor.engine_report()[what])
+    report = editor.engine_report()
+    said = str(report["abreast"]["graphs"] if abreast else report["graphs"])
     assert said.startswith("captured ") and said.endswith(("shape", "shapes")), said
     return int(said.split()[1])
 
@@ -101,7 +108,7 @@ def test_edits_abreast_by_graphs_are_the_eager_ones_bit_for_bit(changes: Any) ->
     assert losses(outcomes) == losses(expected)
     for one, other in zip(outcomes, expected, strict=True):
         assert one.state and other.state and all(torch.equal(one.state[name], v) for name, v in other.state.items())
-    assert 0 < captured(taped, "graphs_abreast") < sum(outcome.curve.steps for outcome in outcomes) / 2  # passes
+    assert 0 < captured(taped, abreast=True) < sum(outcome.curve.steps for outcome in outcomes) / 2  # passes
 
 
 def test_edits_abreast_are_captured_where_every_slot_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +130,7 @@ def test_how_many_go_abreast_is_planned_before_any_is_captured() -> None:
     taped, eager = (editor_with(kind, options=EngineOptions(), stop_below=0.0, max_steps=6) for kind in (Graphs, Eager))
     outcomes, expected = (sorted(e.edit_each(REQUESTS), key=lambda o: o.index) for e in (taped, eager))
     assert losses(outcomes) == losses(expected)
-    assert 0 < captured(taped, "graphs_abreast") <= 4  # of six steps the first two plan, and a shape is first seen
+    assert 0 < captured(taped, abreast=True) <= 4  # of six steps the first two plan, and a shape is first seen
 
 
 def test_where_memory_runs_out_graphs_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +147,7 @@ def test_where_memory_runs_out_graphs_go_too(monkeypatch: pytest.MonkeyPatch) ->
         outcomes = sorted(editor.edit_each(REQUESTS), key=lambda o: o.index)
     expected = sorted(alone.edit_each(REQUESTS), key=lambda o: o.index)
     assert losses(outcomes) == losses(expected)
-    assert captured(editor, "graphs_abreast") > 0
+    assert captured(editor, abreast=True) > 0
 
 
 def test_an_edit_that_diverges_in_a_graph_leaves_its_neighbour_alone() -> None:
@@ -394,6 +401,23 @@ def test_there_are_not_more_graphs_than_are_useful(monkeypatch: pytest.MonkeyPat
     editor = editor_with(Graphs)
     editor.edit(REQUESTS)
     assert editor.engine_report()["graphs"] == "captured 2 shapes, no more: 2 are enough"
+    trainer = editor._begin()
+    trainer.graphs.forget()
+    assert trainer.graphs.report() == "captured 0 shapes"
+    editor.edit(REQUESTS)
+    assert editor.engine_report()["graphs"] == "captured 2 shapes, no more: 2 are enough"
+
+
+def test_what_can_not_be_captured_is_not_tried_again() -> None:
+    def refuse(_: Any) -> Any:
+        raise ValueError("never")
+
+    editor = editor_with(Graphs, refuse)
+    with pytest.warns(RuntimeWarning):
+        editor.edit(REQUESTS[:1])
+    editor._begin().graphs.forget()
+    editor.edit(REQUESTS[1:2])  # a warning is an error here
+    assert editor.engine_report()["graphs"] == "no: ValueError: never"
 
 
 def test_models_that_make_masks_which_wait() -> None:

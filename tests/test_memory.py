@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baft.engine.memory import FIRST_SLOTS, slots_that_fit
+from baft.engine.memory import FIRST_SLOTS, ran_out, slots_that_fit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
@@ -37,3 +37,11 @@ def test_later_ones_are_as_large_as_memory_allows(gpu: None) -> None:
 
 def test_graphs_need_as_much_again_and_keep_what_they_have(gpu: None) -> None:
     assert slots_that_fit(GPU, 10, GIB, graphs=True) == 14  # 0.7 of 40, halved
+
+
+def test_memory_that_runs_out_is_known_by_its_error() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)
+    assert ran_out(found.value)
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not ran_out(RuntimeError("shapes can't be multiplied"))

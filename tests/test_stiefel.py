@@ -15,7 +15,7 @@ from baft_kernels import (
     retract_,
     retract_after_step,
 )
-from baft_kernels.stiefel import orthogonal_rows
+from baft_kernels.stiefel import NEAR, orthogonal_rows, retract_near_
 
 # Of a float32 basis. Its entries' own rounding leaves about 1e-7.
 TOLERANCE = 5e-7
@@ -144,6 +144,22 @@ def test_the_iteration_converges_as_far_out_as_it_is_used(squared_length: float)
     basis = expected.clone()
     basis[3] *= squared_length**0.5
     torch.testing.assert_close(retract_(basis), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (12, 96), (16, 16)])
+def test_however_near_a_basis_is_it_is_retracted_to_its_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for distance in (0.0, 1e-8, 1e-5, 1e-3, 0.02, 0.1, 0.2, 0.3, 0.4, 0.45, 0.97 * NEAR):
+        drawn = normal(shape[0], shape[0], seed=3)
+        error = (drawn + drawn.mT) * distance / (drawn + drawn.mT).norm()
+        exact = orthonormal_basis(*shape, dtype=torch.float64, generator=seeded())
+        basis = (torch.linalg.cholesky(torch.eye(shape[0]) + error) @ exact).to(dtype)
+        expected = polar_factor(basis)
+        (found,) = retract_near_([basis]).tolist()
+        assert found == pytest.approx(distance, rel=0.1, abs=4 * torch.finfo(dtype).eps * shape[0])
+        # Half a unit in the last place; of float64 the products' own rounding, too.
+        rtol, atol = (0.0, 4e-15) if dtype == torch.float64 else (0.51 * torch.finfo(dtype).eps, 4e-9)
+        torch.testing.assert_close(basis.double(), expected.double(), rtol=rtol, atol=atol)
 
 
 def test_an_ordinary_step_needs_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,15 @@ def test_texts_that_will_not_do() -> None:
         assert [narrow.behind(ROW, number) for number in range(4)].count(None) == fewer
 
 
+def test_a_text_is_no_longer_than_the_model_takes() -> None:
+    texts = ["Bob is in Norland.", "Bob is in Norland. Where is the king?"]
+    pool = UnrelatedPool(texts, ENCODER, limit=4)
+    (row,) = pool.draw(2, torch.Generator())  # what remains of both is the same
+    whole = ENCODER.prompt(texts[0], subject="")
+    assert row == Encoded(whole.ids[:4], 4, whole.subject)
+    assert len(whole.ids) > 4 and row.subject == (0, 0)
+
+
 def test_a_target_in_chunks_is_not_known_in_words() -> None:
     pool = UnrelatedPool(TEXTS, ENCODER)
     chunks = in_chunks(ROW, 1)

@@ -16,11 +16,11 @@ from baft.engine.encoding import Encoded
 from baft.engine.ending import Ending
 from baft.engine.graphs import Graphs
 from baft.engine.history import Chunks
-from baft.engine.memory import slots_that_fit
+from baft.engine.memory import ran_out, slots_that_fit
 from baft.engine.schedule import Curve, OnStep, Progress
 from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, TrainingStep
-from baft.engine.trainer import Trainer
+from baft.engine.trainer import Abreast, Trainer
 from baft.placement import device_of
 from baft_kernels import GroupedBaftIntervention
 
@@ -62,7 +62,8 @@ class EditsAbreast:
     is drawn the same rehearsed and unrelated texts, and takes the same steps, as if it were the only one: results are
     equal within rounding, and bit for bit with one slot.
 
-    Where memory runs out, the requests being trained go back to wait, and half as many are trained at a time.
+    Long requests go first, so that what memory is planned with is the most that is needed. Where it runs out all the
+    same, the requests being trained go back to wait, and half as many are trained at a time.
 
     Steps with a request in every slot are captured in graphs, if any are, as soon as it is planned how many slots there
     are and a shape comes for the second time. The last steps, with fewer and fewer, would each be a shape of its own.
@@ -83,7 +84,8 @@ class EditsAbreast:
         self._requests = requests
         self._past = past
         # Requests of like length are trained at the same time, which need little padding.
-        self._waiting = deque(sorted(range(len(requests)), key=self._length))
+        self._waiting = deque(sorted(range(len(requests)), key=self._length, reverse=True))
+        self._typical = self._waiting[len(requests) // 2]
         self._origin: Mapping[str, Tensor] = {**trainer.step.sets.state(), **trainer.course()}
         self._from_identity = trainer.step.sets.are_identity()
         self._device = device_of(trainer.passes.model)
@@ -91,6 +93,7 @@ class EditsAbreast:
         self._slots: list[_Slot | None] = []
         self._step: TrainingStep | None = None
         self._graphs: Graphs | None = None
+        self._lesson_bytes: int | None = None
         self.slots = min(slots or self._first_plan(), len(requests))
 
     @property
@@ -106,7 +109,9 @@ class EditsAbreast:
         """
         try:
             taken = self._take_step()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             taken = None
         if taken is None:  # out here, where the error no longer holds what the step had
             self._halve()
@@ -154,9 +159,9 @@ class EditsAbreast:
     def _close(self) -> None:
         """Give the parameter sets up; what is in training will start anew, before what waits."""
         if self._graphs is not None:
-            self._trainer.graphs_abreast = self._graphs.report()
+            self._trainer.abreast = Abreast(self.slots, self._lesson_bytes, self._graphs.report())
         running = [slot.request for slot in self._slots if slot]
-        self._waiting.extendleft(sorted(running, key=self._length, reverse=True))
+        self._waiting.extendleft(sorted(running, key=self._length))
         self._slots, self._step, self._graphs = [], None, None
 
     def _fill(self) -> None:
@@ -185,11 +190,16 @@ class EditsAbreast:
         assert self._step is not None
         slot.progress.curve.seconds = time.perf_counter() - slot.start
         self._slots[number] = None
-        state = {**self._origin, **self._step.sets.state(number), "generator": slot.generator.get_state()}
+        own = self._step.sets.state(number)
+        if not all(bool(value.isfinite().all()) for value in own.values()):
+            # Not of the loss before it was the last step's undoing, but of what that learned.
+            slot.progress.curve.converged, slot.progress.curve.diverged = False, True
+        state = {**self._origin, **own, "generator": slot.generator.get_state()}
         if self._trainer.config.balance_weight > 0:
             for layer, usage in self._step.usage_of(self._requests[slot.request][-1:], number).items():
                 state[f"usage.{layer}"] = state[f"usage.{layer}"] + usage
-        return Finished(slot.request, slot.progress.curve, state)
+        # Beside the model there would soon be no room for thousands.
+        return Finished(slot.request, slot.progress.curve, {name: value.cpu() for name, value in state.items()})
 
     # -- how many --------------------------------------------------------------------------------------------------
 
@@ -199,18 +209,19 @@ class EditsAbreast:
     def _plan(self, busy: int, taken: int) -> None:
         """Plan anew by what a step of ``busy`` requests was seen to take."""
         self._planned = True
+        self._lesson_bytes = taken // busy if self._device.type == "cuda" else None
         set_bytes = 4 * sum(value.nbytes for value in self._trainer.step.sets.parameters().values())
         graphs = self._graphs is not None and self._graphs.used
-        planned = slots_that_fit(self._device, self._cells(), taken // busy, set_bytes, graphs=graphs)
+        planned = slots_that_fit(self._device, self._cells(), self._lesson_bytes, set_bytes, graphs=graphs)
         if min(planned, len(self._requests)) > self.slots:
             self._close()
             self.slots = min(planned, len(self._requests))
 
     def _cells(self) -> int:
-        """Cells of the grid that one request's lesson takes, about."""
+        """Cells of the grid that a request's lesson takes, about."""
         generator = torch.Generator()
         generator.set_state(self._origin["generator"])
-        lesson = self._trainer.lesson(self._requests[0], self._past, generator=generator)
+        lesson = self._trainer.lesson(self._requests[self._typical], self._past, generator=generator)
         return sum(len(text.ids) for text in (*lesson.edits, *lesson.unrelated))
 
     def _memory(self, *, reset: bool = False) -> int:

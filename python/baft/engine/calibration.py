@@ -48,7 +48,8 @@ def calibrate_gates(
     handles = [watch(layer) for layer in attachment.interventions]
     try:
         with attachment.disabled():
-            model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
+            # Not the head, whose logits of so many texts would take more memory than all else.
+            model.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -46,7 +46,7 @@ class Graphs:
     ) -> None:
         self._step = step
         self._capture = capture
-        self._why_not = why_not
+        self._why_not = self._why_never = why_not
         self._at_first = at_first
         self._seen: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
@@ -72,8 +72,9 @@ class Graphs:
         return graph.found
 
     def forget(self) -> None:
-        """Drop all graphs: what they read lies elsewhere now."""
+        """Drop all graphs: what they read lies elsewhere now. Others may be captured, if any ever could."""
         self._graphs.clear()
+        self._why_not = self._why_never
 
     def report(self) -> str:
         """How many shapes were captured, and why no more or none, for people."""
@@ -96,7 +97,7 @@ class Graphs:
         # Whatever it was: if the step itself is at fault, it will say so when it is run without a graph.
         except Exception as error:
             self._step.sets.drop_gradients()
-            self._why_not = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self._why_not = self._why_never = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             warnings.warn(f"steps run without CUDA graphs: {self._why_not}", RuntimeWarning, stacklevel=2)
         else:
             self._graphs[shape] = _Graph(static, replay, found)

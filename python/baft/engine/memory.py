@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["FIRST_SLOTS", "slots_that_fit"]
+__all__ = ["FIRST_SLOTS", "ran_out", "slots_that_fit"]
 
 FIRST_SLOTS = 2
 """Slots of the first step on a GPU, whose memory tells what the others will take."""
@@ -15,6 +15,11 @@ _CELLS = {"cpu": 2048, "cuda": 32768}
 
 # Of the free memory, so much is planned with; fragments and the allocator's rounding take from the rest.
 _SHARE = 0.7
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it says that there is no more memory: of a CPU's torch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def slots_that_fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,22 @@ from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import device_of
 
-__all__ = ["Trainer"]
+__all__ = ["Abreast", "Trainer"]
+
+
+@dataclass(frozen=True)
+class Abreast:
+    """How single edits were trained together, for people.
+
+    Attributes:
+        slots: how many at a time.
+        lesson_bytes: what a step took at most for each of them on a GPU; None where it wasn't measured.
+        graphs: what was captured.
+    """
+
+    slots: int
+    lesson_bytes: int | None
+    graphs: str
 
 
 class Trainer(Learner):
@@ -34,7 +50,7 @@ class Trainer(Learner):
 
     Attributes:
         ahead: how many steps are begun before it is known what the step before them found.
-        graphs_abreast: what was captured for single edits, the last time that there were some; for people.
+        abreast: how single edits were trained, the last time that there were some.
     """
 
     def __init__(
@@ -48,7 +64,7 @@ class Trainer(Learner):
         self.step = TrainingStep(passes, sets, config, ending=ending, world=passes.options.world)
         self._capture = CudaCapture(device)
         self.graphs = self.graphs_for(self.step)
-        self.graphs_abreast: str | None = None
+        self.abreast: Abreast | None = None
         self.ahead = 1 if device.type == "cuda" else 0
 
     def take_steps(self, plan: Plan, ended: Ended) -> None:
@@ -74,7 +90,7 @@ class Trainer(Learner):
 
     def report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""
-        abreast = {} if self.graphs_abreast is None else {"graphs_abreast": self.graphs_abreast}
+        abreast = {} if self.abreast is None else {"abreast": asdict(self.abreast)}
         return {**self.passes.report(), "graphs": self.graphs.report(), **abreast}
 
     def graphs_for(self, step: TrainingStep, *, at_first: bool = True) -> Graphs:

@@ -32,7 +32,8 @@ class UnrelatedPool:
     Args:
         texts: the texts; duplicates count once.
         encoder: encodes them.
-        limit: how many tokens a text and a request behind it may have, as the model has no more positions.
+        limit: how many tokens a text may have, as the model has no more positions: longer ones are cut, which leaves
+            texts. So many a request behind one may have, too.
     """
 
     def __init__(self, texts: Sequence[str], encoder: Encoder, limit: int | None = None) -> None:
@@ -40,7 +41,8 @@ class UnrelatedPool:
         self._encoder = encoder
         self._limit = limit
         # Texts that differ may have the same tokens.
-        self._encoded = list(dict.fromkeys(encoder.prompt(text, subject="") for text in self.texts))
+        rows = (encoder.prompt(text, subject="") for text in self.texts)
+        self._encoded = list(dict.fromkeys(_cut(row, limit) for row in rows))
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
@@ -84,6 +86,10 @@ class UnrelatedPool:
             return None
         pair = self._encoder.pair(f"{text} {prompt}", target, subject)
         return pair if self._limit is None or len(pair.ids) <= self._limit else None
+
+
+def _cut(row: Encoded, limit: int | None) -> Encoded:
+    return row if limit is None or len(row.ids) <= limit else Encoded(row.ids[:limit], limit, row.subject)
 
 
 def _whole_sentences(text: str) -> str:
