@@ -38,8 +38,8 @@ class Subject:
     unrelated: list[str] | None
     overrides: dict[str, Any]
 
-    def editor(self, task: str, options: EngineOptions) -> BaftEditor:
-        config = BaftConfig(**{**TASKS[task], **self.overrides, "consolidate_every": 0})
+    def editor(self, task: str, options: EngineOptions, backend: str = "auto") -> BaftEditor:
+        config = BaftConfig(**{**TASKS[task], **self.overrides, "consolidate_every": 0, "backend": backend})
         return BaftEditor(self.model, self.tokenizer, config, unrelated=self.unrelated, options=options)
 
 
@@ -49,6 +49,7 @@ class Timed:
 
     Attributes:
         edits: how many were made; None of a batch that wasn't trained to its end.
+        slots: how many of ours went abreast.
         quality: measures by name; None where there is nothing to measure.
     """
 
@@ -56,29 +57,25 @@ class Timed:
     seconds: float
     steps: int
     peak_bytes: int | None
+    slots: int | None = None
     padding: float | None = None
     quality: dict[str, float] | None = None
 
 
-def edit_ours(subject: Subject, mode: Mode, task: str, count: int, options: EngineOptions) -> Timed:
+def edit_ours(
+    subject: Subject, mode: Mode, task: str, count: int, options: EngineOptions, backend: str = "auto"
+) -> Timed:
     """Make ``count`` edits, and ask the edited models about them."""
     memory = PeakMemory(subject.model.device)
-    editor = subject.editor(task, options)
+    editor = subject.editor(task, options, backend)
     requests = subject.requests[:count]
     with removed(editor):
         next(editor.edit_each(requests[:1]))  # what is done once: texts encoded, gates calibrated
-        steps = 0
-
-        def stepped(*_: object) -> None:
-            nonlocal steps
-            steps += 1
-
         start = now(subject)
-        if mode == "single":
-            outcomes = list(editor.edit_each(requests, on_step=stepped))
-        else:
-            outcomes = editor.edit(requests, mode, on_step=stepped)
+        outcomes = list(editor.edit_each(requests)) if mode == "single" else editor.edit(requests, mode)
         seconds, peak_bytes = now(subject) - start, memory.bytes()
+        # A batch's are everyone's. Of single edits those that memory ran out in don't count, though their time does.
+        steps = sum(outcome.curve.steps for outcome in outcomes[: 1 if mode == "batch" else None])
         quality = None
         if not subject.overrides:  # random weights have no quality
             states = [outcome.state for outcome in outcomes] if mode == "single" else None
@@ -87,7 +84,9 @@ def edit_ours(subject: Subject, mode: Mode, task: str, count: int, options: Engi
             )
             metrics = summarise(measured)
             quality = {name: metrics[name]["generation"] for name in ("reliability", "locality")}
-        return Timed(count, seconds, steps, peak_bytes, editor.engine_report()["padding"], quality)
+        report = editor.engine_report()
+        slots = report["abreast"]["slots"] if mode == "single" else None
+        return Timed(count, seconds, steps, peak_bytes, slots, report["padding"], quality)
 
 
 def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: int) -> Timed:

@@ -19,10 +19,10 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
@@ -47,16 +47,28 @@ from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
 
 MODES: tuple[Mode, ...] = ("single", "sequential", "batch")
 OURS = "ours"
+
+
+class Part(NamedTuple):
+    """What one of our variants does otherwise than ours by default."""
+
+    options: EngineOptions = EngineOptions()
+    backend: str = "auto"
+    modes: Sequence[Mode] = MODES
+    on_gpus_only: bool = False
+
+
 PARTS = {
-    OURS: EngineOptions(),
-    "- edits abreast": EngineOptions(slots=1),
-    "- replay": EngineOptions(replay=False),
-    "- head where needed": EngineOptions(head_where_needed=False),
-    "- texts side by side": EngineOptions(side_by_side=False),
-    "+ CUDA graphs": EngineOptions(graphs=True),
+    OURS: Part(),
+    "- edits abreast": Part(EngineOptions(slots=1), modes=("single",)),
+    "- replay": Part(EngineOptions(replay=False)),
+    "- head where needed": Part(EngineOptions(head_where_needed=False)),
+    "- texts side by side": Part(EngineOptions(side_by_side=False)),
+    "+ Triton kernels": Part(backend="triton", on_gpus_only=True),
+    "+ CUDA kernels": Part(backend="cuda", on_gpus_only=True),
+    "+ CUDA graphs": Part(EngineOptions(graphs=True), on_gpus_only=True),
+    "+ CUDA kernels and graphs": Part(EngineOptions(graphs=True), "cuda", on_gpus_only=True),
 }
-# What makes no difference there.
-WITHOUT: dict[Mode, set[str]] = {"single": set(), "sequential": {"- edits abreast"}, "batch": {"- edits abreast"}}
 
 
 def main() -> None:
@@ -66,8 +78,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="a real model's shape, with random weights")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=PARTS, default=list(PARTS), help="of ours")
     parser.add_argument("--requests", type=int, default=32, help="edited by each of our variants in a round; the batch")
-    parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one; its steps of a batch")
+    parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one; its rounds of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -97,6 +110,8 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
         ["mode", "task", "variant", "s/edit", "ms/step", "times plain", "MiB", "padding", "reliability", "locality"]
     ]
     raw: list[dict[str, Any]] = []
+    about = {**provenance(subject.model.device), "subject": subject.name, "overrides": subject.overrides}
+    path = options.out / f"edit_throughput_{subject.name}_{subject.model.device.type}"
     shares = [["task", "variant", *SECTIONS]]
     for mode, task in itertools.product(options.modes, options.tasks):
         for line in compare(subject, mode, task, options, console):
@@ -113,6 +128,7 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
                     *(_figure(line[name]) for name in ("padding", "reliability", "locality")),
                 ]
             )
+        save(raw, about, path)  # in case that there is no time for the rest
     for task in options.tasks:
         for variant, seconds in sections(subject, task, options).items():
             raw.append({"sections": variant, "task": task, "seconds": seconds})
@@ -147,36 +163,32 @@ def report_parts(subject: Subject, options: argparse.Namespace, console: Console
     show(shares, console)
     show(bound, console)
     console.print(asked, end="")
-    about = {**provenance(subject.model.device), "subject": subject.name, "overrides": subject.overrides}
-    name = f"edit_throughput_{subject.name}_{subject.model.device.type}"
-    (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(
-        "\n".join([*(markdown(table, about) for table in (rows, shares, bound)), asked])
-    )
-    draw_parts(raw, options.out / f"{name}.png", subject.name)
-    console.print(f"Saved: {options.out / name}.md and .png")
+    save(raw, about, path)
+    Path(f"{path}.md").write_text("\n".join([*(markdown(table, about) for table in (rows, shares, bound)), asked]))
+    draw_parts(raw, Path(f"{path}.png"), subject.name)
+    console.print(f"Saved: {path}.md and .png")
 
 
 def compare(
     subject: Subject, mode: Mode, task: str, options: argparse.Namespace, console: Console
 ) -> Iterator[dict[str, Any]]:
     """Every variant's figures, the plain one's first."""
-    requests, plain_requests = options.requests, options.plain_requests
-    plain_count = requests if mode == "batch" else plain_requests
-    count = plain_requests * 2 if mode == "sequential" else requests
+    # Of a sequence both make the same edits: what they rehearse grows with it.
+    count = 2 * options.plain_requests if mode == "sequential" else options.requests
+    plain_count = options.plain_requests if mode == "single" else count
     variants: dict[str, Callable[[], Timed]] = {
-        "plain": lambda: edit_plainly(subject, mode, task, plain_count, rounds=plain_requests)
+        "plain": lambda: edit_plainly(subject, mode, task, plain_count, rounds=options.plain_requests)
     }
-    for name, engine in PARTS.items():
-        if name in WITHOUT[mode] or (engine.graphs and subject.model.device.type != "cuda"):
-            continue
-        variants[name] = lambda engine=engine: edit_ours(subject, mode, task, count, engine)
+    for name in options.variants:
+        part = PARTS[name]
+        if mode in part.modes and (subject.model.device.type == "cuda" or not part.on_gpus_only):
+            variants[name] = lambda part=part: edit_ours(subject, mode, task, count, part.options, part.backend)
     timed: dict[str, list[Timed]] = {name: [] for name in variants}
     for round_ in range(options.rounds):
         for name, run in variants.items():
             timed[name].append(run())
             console.print(f"{mode}, {task}, round {round_ + 1}, {name}: {timed[name][-1].seconds:.1f} s", style="dim")
-    # By the step: the plain one edits fewer requests, and one takes more steps than another.
+    # By the step: one takes more of them than another.
     plain = median(t.seconds / t.steps for t in timed["plain"])
     for name, runs in timed.items():
         step = median(t.seconds / t.steps for t in runs)
@@ -187,7 +199,8 @@ def compare(
             "seconds_per_edit": None if (edits := runs[0].edits) is None else median(t.seconds for t in runs) / edits,
             "seconds_per_step": step,
             "times_plain": plain / step,
-            "peak_mib": None if None in (peaks := [t.peak_bytes for t in runs]) else max(peaks) / 2**20,
+            "peak_mib": _peak_mib(runs),
+            "slots": runs[0].slots,
             "padding": runs[0].padding,
             **(runs[0].quality or {"reliability": None, "locality": None}),
             "rounds": [vars(t) for t in runs],
@@ -292,7 +305,9 @@ def compare_asking(subject: Subject, options: argparse.Namespace) -> dict[str, A
 
 
 def report_slots(subject: Subject, options: argparse.Namespace, console: Console) -> None:
-    rows, raw = [["task", "edits abreast", "s/edit", "ms/step of an edit"]], []
+    rows, raw = [["task", "edits abreast", "s/edit", "ms/step of an edit", "MiB"]], []
+    about = {**provenance(subject.model.device), "subject": subject.name}
+    path = options.out / f"edit_throughput_slots_{subject.name}_{subject.model.device.type}"
     for task in options.tasks:
         for slots in options.slots:
             runs = [
@@ -301,16 +316,15 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
             ]
             seconds = median(t.seconds for t in runs) / options.requests
             step = median(t.seconds / t.steps for t in runs)
+            peak = _peak_mib(runs)
             raw.append({"task": task, "slots": slots, "seconds_per_edit": seconds, "rounds": [vars(t) for t in runs]})
-            rows.append([task, str(slots), f"{seconds:.4f}", f"{step * 1e3:.2f}"])
+            rows.append([task, str(runs[0].slots), f"{seconds:.4f}", f"{step * 1e3:.2f}", _figure(peak, 0)])
+            save(raw, about, path)
             console.print(f"{task}, {slots} abreast: {seconds:.4f} s an edit", style="dim")
     show(rows, console)
-    about = {**provenance(subject.model.device), "subject": subject.name}
-    name = f"edit_throughput_slots_{subject.name}_{subject.model.device.type}"
-    (options.out / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
-    (options.out / f"{name}.md").write_text(markdown(rows, about))
-    draw_curve(raw, options.out / f"{name}.png", subject.name)
-    console.print(f"Saved: {options.out / name}.md")
+    Path(f"{path}.md").write_text(markdown(rows, about))
+    draw_curve(raw, Path(f"{path}.png"), subject.name)
+    console.print(f"Saved: {path}.md")
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
@@ -321,6 +335,15 @@ def show(rows: list[list[str]], console: Console) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+
+
+def save(raw: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    Path(f"{path}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
+
+
+def _peak_mib(runs: Sequence[Timed]) -> float | None:
+    peaks = [t.peak_bytes for t in runs if t.peak_bytes is not None]
+    return max(peaks) / 2**20 if peaks else None
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

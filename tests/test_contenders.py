@@ -1,7 +1,9 @@
-"""What bench/edit_throughput.py times: that plain editing and ours do the same, and how much memory it takes."""
+"""bench/edit_throughput.py: that plain editing and ours do the same, and what is told of them."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import get_args
@@ -11,7 +13,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-from contenders import TASKS, Subject, edit_ours, edit_plainly, plain_editor  # after the benchmarks' folder is known
+import edit_throughput  # after the benchmarks' folder is known
+from contenders import TASKS, Subject, edit_ours, edit_plainly, plain_editor
 from peak_memory import PeakMemory
 from tiny import tiny_model, tiny_tokenizer
 
@@ -45,6 +48,37 @@ def test_both_take_the_steps_that_are_counted(subject: Subject, mode: Mode) -> N
     ours = edit_ours(subject, mode, "edit + locality", 2, EngineOptions())
     assert plain.steps == ours.steps == (3 if mode == "batch" else 6)
     assert (plain.edits, ours.edits) == (None if mode == "batch" else 2, 2)
+
+
+def test_the_bench_prints_its_table_and_draws_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subject: Subject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(edit_throughput, "load", lambda options: dataclasses.replace(subject, name="qwen2.5"))
+    sizes = "--requests 2 --plain-requests 1 --rounds 1".split()
+    for arguments in (["--variants", "ours", "- replay", "+ CUDA graphs", *sizes], ["--slots", "1", "9", *sizes]):
+        monkeypatch.setattr(sys, "argv", ["edit_throughput.py", *arguments, "--out", str(tmp_path)])
+        edit_throughput.main()
+        assert f"Saved: {tmp_path}" in capsys.readouterr().out.replace("\n", "")
+    stem = str(tmp_path / "edit_throughput_qwen2.5_cpu")
+    rows = json.loads(Path(f"{stem}.json").read_text())["rows"]
+    timed = [row for row in rows if "times_plain" in row]
+    assert [(row["mode"], row["task"], row["variant"]) for row in timed] == [
+        (mode, task, variant)
+        for mode in ("single", "sequential", "batch")
+        for task in TASKS
+        for variant in ("plain", "ours", "- replay")
+    ]
+    for row in timed:
+        plain = next(r for r in timed if (r["mode"], r["task"]) == (row["mode"], row["task"]))
+        assert row["times_plain"] == pytest.approx(plain["seconds_per_step"] / row["seconds_per_step"])
+    assert [row["slots"] for row in timed if row["mode"] == "single"] == [None, 2, 2] * 2
+    table = Path(f"{stem}.md").read_text().splitlines()
+    assert table[0].startswith("| mode | task | variant |") and len(table[2].split("|")) == len(table[0].split("|"))
+    curve = Path(str(stem).replace("throughput_", "throughput_slots_") + ".md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in curve[2:6]] == ["1", "2"] * 2  # as many as there are requests
+    for picture in (f"{stem}.png", str(stem).replace("throughput_", "throughput_slots_") + ".png"):
+        assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process anew")
