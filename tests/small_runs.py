@@ -13,6 +13,7 @@ from baft.editing import Mode
 from baft.requests import Probe
 from baft.runs.folder import RunFolder
 from baft.runs.identity import identify
+from baft.runs.logs import open_log
 from baft.runs.run import RunPlan, RunReport, run_edits
 from baft.runs.watcher import Nobody
 
@@ -68,6 +69,7 @@ def run_in(
     requests: list[EditRequest] = ASKED,
     plan: RunPlan = PLAN,
     listener: Listener | None = None,
+    log: str | None = None,
     **changes: Any,
 ) -> RunReport:
     """Begin the run in ``folder``, or go on with it; ``changes`` go to the editor's configuration."""
@@ -80,12 +82,15 @@ def run_in(
             model=editor.model,
             requests=requests,
             unrelated=None,
+            held_out=plan.held_out,
+            tokenizer=editor.tokenizer,
             backend="reference",
         )
         if place.begun:
             place.go_on(identity)
         else:
             place.begin(identity, {"mode": mode})
-        return run_edits(editor, requests, mode, plan=plan, folder=place, watcher=listener)
+        figures = open_log(log, folder) if log else None
+        return run_edits(editor, requests, mode, plan=plan, folder=place, watcher=listener, log=figures)
     finally:
         place.close()

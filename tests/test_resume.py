@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import csv
+import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,10 +15,12 @@ import random
 import shutil
 import signal
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_runs import ASKED, PLAN, Listener, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 from torch import Tensor
@@ -320,6 +326,78 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
         run_in(tmp_path, requests=ASKED[::-1])
     with pytest.raises(ValueError, match=r"requests\.number was 9 and is 8"):
         run_in(tmp_path, requests=ASKED[:-1])
+    with pytest.raises(ValueError, match=r"another run.*held-out texts\.number was 2 and is 1"):
+        run_in(tmp_path, plan=dataclasses.replace(PLAN, held_out=PLAN.held_out[:1]))
+
+
+def test_other_weights_and_another_tokenizer_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Broken):
+        run_in(tmp_path, listener=break_off_after(1))
+    editor = small_editor()
+    with torch.no_grad():
+        next(editor.model.parameters())[0, 0] += 1e-3
+    with monkeypatch.context() as patched:
+        patched.setattr("small_runs.small_editor", lambda **_: editor)
+        with pytest.raises(ValueError, match=r"another run.*model\.sha256 was \S+ and is \S+$"):
+            run_in(tmp_path)
+    other = small_editor()
+    other.tokenizer = copy.deepcopy(other.tokenizer)
+    other.tokenizer.add_tokens(["Freedonia"])
+    monkeypatch.setattr("small_runs.small_editor", lambda **_: other)
+    with pytest.raises(ValueError, match=r"another run.*tokenizer was \S+ and is \S+$"):
+        run_in(tmp_path)
+
+
+def test_the_log_of_a_run_that_goes_on_lacks_nothing(tmp_path: Path) -> None:
+    """Wherever it breaks off: between an edit's line in the journal and in the log, too."""
+    run_in(tmp_path / "whole", log="csv")
+
+    def rows(folder: Path) -> list[dict[str, str]]:
+        with (folder / "metrics.csv").open(newline="") as file:
+            return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+    expected = rows(tmp_path / "whole")
+    assert [row["edits"] for row in expected].count("4") == 2  # the edit, and the look back at those so far
+    for place in ("baft.runs.journal.Journal.add", "baft.runs.journal.Journal.add_retention"):
+        for number in (1, 3, 4):
+            folder = tmp_path / f"{place}{number}"
+            with pytest.MonkeyPatch.context() as patched, pytest.raises(Broken):
+                patched.setattr(place, broken_off_behind(place, number))
+                run_in(folder, log="csv")
+            run_in(folder, log="csv")
+            assert rows(folder) == expected
+
+
+def broken_off_behind(place: str, number: int) -> Callable[..., None]:
+    """A method of ``Journal`` that does its work, but behind which all ends at its call of that number."""
+    original, calls = getattr(Journal, place.rpartition(".")[2]), itertools.count(1)
+
+    def broken(*arguments: Any) -> None:
+        original(*arguments)
+        if next(calls) == number:
+            raise Broken
+
+    return broken
+
+
+def test_requests_that_diverge_in_a_row_are_counted_across_a_break(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+        if new[0].ids in spoiled:
+            raise DivergedError(math.nan, 0)
+        return edit_next(trainer, new, past, on_step)
+
+    spoiled = [small_editor()._encode(request).ids for request in ASKED[3:6]]
+    monkeypatch.setattr("baft.trained.edit_next", diverge)
+    for _ in range(2):  # again, the same end
+        with pytest.raises(DivergedError):
+            run_in(tmp_path, plan=dataclasses.replace(PLAN, checkpoint_every=5))
+        journal = Journal(tmp_path / "journal.sqlite", read_only=True)
+        assert journal.positions() == [0, 1, 2, 3, 4]
+        journal.close()
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

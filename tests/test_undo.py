@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -32,7 +33,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
 
 def test_rolling_back_gives_the_state_before_a_request(done: Path, tmp_path: Path) -> None:
     place = RunFolder(done)
-    cost = cost_of_rollback(place.journal, place.checkpoints(), 6)
+    cost = cost_of_rollback(place, 6)
     assert (cost.kept, cost.checkpoint, cost.edits) == (6, 4, 2) and cost.seconds > 0
     roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 6)
     assert place.journal.positions() == [0, 1, 2, 3, 4, 5]
@@ -47,6 +48,31 @@ def test_rolling_back_gives_the_state_before_a_request(done: Path, tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize("taking_back", [roll_back, drop])
+def test_broken_off_it_leaves_no_state_that_is_not_the_journals(
+    taking_back: Any, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    place = RunFolder(done)
+    context = open_context(small_editor(), ASKED, plan=SPARSE, folder=place)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("baft.runs.sequential.SequentialRun.restore", killed)
+        taking_back(context, place, 6)
+    assert place.journal.positions() == [0, 1, 2, 3, 4, 5] and not place.adapter.exists()
+    if taking_back is roll_back:  # a drop is gone on with like any other run
+        assert cost_of_rollback(place, 6).edits == 2
+        roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 6)
+        before = small_editor()
+        before.edit(ASKED[:6])
+        before.save_pretrained(tmp_path / "before")
+        assert tensors(done / "adapter") == tensors(tmp_path / "before")
+        with pytest.raises(ValueError, match=r"\(0 to 5\), got 6"):
+            cost_of_rollback(place, 6)
+    place.close()
+
+
 def test_a_run_that_was_rolled_back_goes_on_as_the_whole_one(done: Path) -> None:
     whole = outcome(done)
     place = RunFolder(done)
@@ -58,7 +84,7 @@ def test_a_run_that_was_rolled_back_goes_on_as_the_whole_one(done: Path) -> None
 
 def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
     place = RunFolder(done)
-    assert cost_of_drop(place.journal, place.checkpoints(), 5).edits == 4  # 4 once more, and 6, 7, 8
+    assert cost_of_drop(place, 5).edits == 4  # 4 once more, and 6, 7, 8
     drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 5)
     assert place.journal.positions() == [0, 1, 2, 3, 4, 6, 7, 8]
     place.close()
@@ -75,7 +101,7 @@ def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
 def test_without_its_last_request_a_run_is_settled_and_looked_at_anew(done: Path, tmp_path: Path) -> None:
     place = RunFolder(done)
     settling = sum(curve.seconds for curve in place.journal.settling())
-    cost = cost_of_drop(place.journal, place.checkpoints(), 8)
+    cost = cost_of_drop(place, 8)
     assert cost.edits == 0 and cost.seconds == pytest.approx(settling) and settling > 0
     drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 8)
     place.close()
@@ -107,4 +133,4 @@ def test_what_was_never_edited_cannot_be_taken_back(done: Path) -> None:
     place = RunFolder(done)
     for number in (9, -1):
         with pytest.raises(ValueError, match=rf"expected the number of one that was edited \(0 to 8\), got {number}"):
-            cost_of_rollback(place.journal, place.checkpoints(), number)
+            cost_of_rollback(place, number)

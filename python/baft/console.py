@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -30,6 +30,9 @@ from baft.runs.run import RunReport
 __all__ = ["Console", "ProgressWatcher"]
 
 _SHOWN_EDITS = 8
+
+# Lines that are laid out together.
+_LINES = 200
 
 
 class ProgressWatcher:
@@ -152,19 +155,25 @@ class Console:
             self.say(f"The unedited model gave the old answers to {shares(known)}")
 
     def edits(self, records: Iterable[EditRecord]) -> None:
-        """A line for each edit."""
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("number", justify="right")
-        for column in ("prompt", "target"):
-            table.add_column(column, overflow="fold")
-        for column in ("steps", "loss", "at once", "at the end"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for record in records:
-            loss = f"{record.curve.losses[-1]:.3f}" if record.curve.losses else ""
-            marks = [_mark(r) if (r := _first(results)) else Text("") for results in (record.immediate, record.final)]
-            request = record.request
-            table.add_row(str(record.index), request.prompt, request.target, str(record.steps), loss, *marks)
-        self._console.print(table)
+        """A line for each edit, some hundreds at a time: nobody waits for the last one to see the first."""
+        records = iter(records)
+        for number in itertools.count():
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=number == 0, expand=True)
+            table.add_column("number", justify="right", width=6)
+            table.add_column("prompt", overflow="fold", ratio=2)
+            table.add_column("target", overflow="fold", ratio=1)
+            for column, width in (("steps", 5), ("loss", 6), ("at once", 7), ("at the end", 10)):
+                table.add_column(column, justify="right", no_wrap=True, width=width)
+            for record in itertools.islice(records, _LINES):
+                loss = f"{record.curve.losses[-1]:.3f}" if record.curve.losses else ""
+                moments = (record.immediate, record.final)
+                marks = [_mark(r) if (r := _first(results)) else Text("") for results in moments]
+                request = record.request
+                table.add_row(str(record.index), request.prompt, request.target, str(record.steps), loss, *marks)
+            if number == 0 or table.row_count:
+                self._console.print(table)
+            if table.row_count < _LINES:
+                return
 
     def edit(self, record: EditRecord) -> None:
         """All of one edit."""
@@ -175,7 +184,7 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("measure", "prompt", "before", "at once", "", "at the end", ""):
             table.add_column(column, overflow="fold")
-        for at_once, last in zip_longest(record.immediate, record.final):
+        for at_once, last in itertools.zip_longest(record.immediate, record.final):
             asked = (at_once or last).question
             said = [cell for r in (at_once, last) for cell in ((_line(r.text), _mark(r)) if r else ("", Text("")))]
             table.add_row(asked.kind.replace("_", " "), asked.prompt, _line((at_once or last).before), *said)

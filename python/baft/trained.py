@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
-from baft.engine.encoding import Encoded, Encoder, in_chunks
+from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import Learner
@@ -231,21 +231,16 @@ class TrainedEditor(ABC):
             raise ValueError(
                 f'positions="subject": expected a subject in the prompt {request.prompt!r}, got {request.subject!r}'
             )
-        limit = self._positions()
+        limit = most_tokens(self.model)
         if limit is not None and len(row.ids) > limit:
             raise ValueError(
                 f"prompt: expected at most {limit} tokens with its target, got {len(row.ids)} in {request.prompt!r}"
             )
         return row
 
-    def _positions(self) -> int | None:
-        """How long a text the model takes, in tokens; None where it doesn't say."""
-        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        return limit
-
     def _unrelated_texts(self) -> UnrelatedPool:
         self._unrelated = self._unrelated or self._write_unrelated()
-        return UnrelatedPool(self._unrelated, self.encoder, self._positions())
+        return UnrelatedPool(self._unrelated, self.encoder, most_tokens(self.model))
 
     def _surroundings(self) -> Surroundings:
         wanted = self.config.locality_weight > 0 or self.config.retellings > 0

@@ -85,7 +85,7 @@ def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> N
             raise ValueError(
                 f"{folder}: expected a sequential run, got a {words.mode} one, whose edits don't follow each other"
             )
-        cost = cost_of(place.journal, place.checkpoints(), number)
+        cost = cost_of(place, number)
         console = Console()
         console.say(
             f"{cost.edits} edits are to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s"

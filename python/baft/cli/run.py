@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "run"]
 
+# What changes nothing of what a run finds.
+_CHANGEABLE = {"remember", "log"}
+
 
 def demo(
+    context: typer.Context,
     edits: Annotated[int, typer.Option(help="How many facts to edit, one after another.")] = 20,
     out: Out = Path("runs/demo"),
     seed: Seed = 0,
@@ -43,7 +47,7 @@ def demo(
     """Edit facts of FactWorld, a small invented world, in a small model that knows it: watch, then read the report."""
     if out == Path("runs/demo"):
         out = _next_free(out)
-    run(out, "factworld", "factworld", "sequential", edits=edits, seed=seed, as_json=as_json)
+    run(context, out, "factworld", "factworld", "sequential", edits=edits, seed=seed, as_json=as_json)
 
 
 def _next_free(folder: Path) -> Path:
@@ -55,6 +59,7 @@ def _next_free(folder: Path) -> Path:
 
 
 def run(
+    context: typer.Context,
     out: Out,
     model: OptionalModel = None,
     dataset: OptionalDataset = None,
@@ -98,7 +103,7 @@ def run(
     def chosen(folder: RunFolder) -> RunWords:
         if resume:
             words = RunWords(**folder.started_with())
-            _agree(words, model=model, dataset=dataset, mode=mode, edits=edits)
+            _agree(words, context)
             return words if remember is None else words.model_copy(update={"remember": remember})
         if model is None or dataset is None or mode is None:
             raise ValueError(
@@ -138,11 +143,25 @@ def _given(*words: str | None) -> str:
     return ", ".join(word for word in words if word) or "none"
 
 
-def _agree(words: RunWords, **given: Any) -> None:
-    """A run that goes on is as it was started; what is said again has to be the same."""
-    for name, value in given.items():
-        if value is not None and value != getattr(words, name):
-            raise ValueError(f"{name}: the run was started with {getattr(words, name)!r}, got {value!r}")
+def _is_said(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _agree(words: RunWords, context: typer.Context) -> None:
+    """A run that goes on is as it was started; what is said again has to be the same, but for ``_CHANGEABLE``."""
+    from baft.runs.inputs import load_config
+
+    said = {name: value for name, value in context.params.items() if _is_said(context, name)}
+    started: dict[str, Any] = {**dict(words), "seed": words.config.seed, "backend": words.config.backend}
+    if path := said.get("config"):
+        said["config"] = load_config(path, seed=words.config.seed, backend=words.config.backend)
+    for name in said.keys() & started.keys() - _CHANGEABLE:
+        if said[name] != started[name]:
+            raise ValueError(
+                f"{name}: the run was started with {started[name]!r}, got {said[name]!r}; "
+                "with --resume it needn't be said"
+            )
 
 
 def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:

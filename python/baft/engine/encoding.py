@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Words", "in_chunks"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Words", "in_chunks", "most_tokens"]
 
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
@@ -24,6 +24,12 @@ class Words(NamedTuple):
     prompt: str
     target: str
     subject: str | None
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How long a text the model takes, in tokens; None where it doesn't say."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,10 @@ class Encoded:
     def answer_start(self) -> int:
         """The column of the first token that is learned; those behind it are, too."""
         return self.prompt_length + self.given
+
+    def cut(self, limit: int | None) -> Encoded:
+        """The first ``limit`` tokens, as a prompt; itself if it has no more."""
+        return self if limit is None or len(self.ids) <= limit else Encoded(self.ids[:limit], limit, self.subject)
 
     @property
     def asked(self) -> tuple[int, ...]:

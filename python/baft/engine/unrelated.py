@@ -41,8 +41,7 @@ class UnrelatedPool:
         self._encoder = encoder
         self._limit = limit
         # Texts that differ may have the same tokens.
-        rows = (encoder.prompt(text, subject="") for text in self.texts)
-        self._encoded = list(dict.fromkeys(_cut(row, limit) for row in rows))
+        self._encoded = list(dict.fromkeys(encoder.prompt(text, subject="").cut(limit) for text in self.texts))
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
@@ -86,10 +85,6 @@ class UnrelatedPool:
             return None
         pair = self._encoder.pair(f"{text} {prompt}", target, subject)
         return pair if self._limit is None or len(pair.ids) <= self._limit else None
-
-
-def _cut(row: Encoded, limit: int | None) -> Encoded:
-    return row if limit is None or len(row.ids) <= limit else Encoded(row.ids[:limit], limit, row.subject)
 
 
 def _whole_sentences(text: str) -> str:

@@ -30,12 +30,12 @@ def ngram_entropy(text: str) -> float:
 
 def fluency(
     editor: Editor, requests: Sequence[EditRequest], *, max_new_tokens: int = 48, batch_size: int = 64
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Free text of the edited model about ``requests``, continued from their generation prompts, else their prompts.
 
     Returns:
         ``ngram_entropy`` of the prompt with its continuation, and ``perplexity``, under the unedited model, of the
-        continuations.
+        continuations; None if it wrote none.
     """
     subjects = {prompt: r.subject or "" for r in requests for prompt in (r.generation_prompts or (r.prompt,))}
     prompts = list(subjects)
@@ -45,6 +45,5 @@ def fluency(
         written = [(p, t) for p, t in zip(prompts, texts, strict=True) if t.strip()]
         rows = [editor.encoder.pair(prompt, text, append_eos=False) for prompt, text in written]
         nlls = [nll / tokens for nll, tokens in negative_log_likelihoods(editor, rows, batch_size)]
-    nll = fmean(nlls) if nlls else math.nan
     entropy = fmean(ngram_entropy(prompt + text) for prompt, text in zip(prompts, texts, strict=True))
-    return {"ngram_entropy": entropy, "perplexity": math.exp(nll)}
+    return {"ngram_entropy": entropy, "perplexity": math.exp(fmean(nlls)) if nlls else None}

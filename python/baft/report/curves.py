@@ -49,10 +49,10 @@ def share_axis(axes: Axes) -> None:
 def general(results: Results) -> Picture:
     """Perplexity on held-out text, as a multiple of the unedited model's."""
     name, title = "general", "General ability"
-    ratios = [(p.edits, p.general.perplexity / p.general.before) for p in results.retention if p.general]
-    finite = [(edits, ratio) for edits, ratio in ratios if math.isfinite(ratio)]
+    measured = [(p.edits, p.general) for p in results.retention if p.general]
+    finite = [(edits, g.perplexity / g.before) for edits, g in measured if g.perplexity and g.before]
     if not finite:
-        why = "every value of this run is infinite" if ratios else "this run didn't measure perplexity on held-out text"
+        why = "no value of this run is finite" if measured else "this run didn't measure perplexity on held-out text"
         return missing(name, title, f"No data: {why}.")
     figure = new_figure()
     axes = figure.add_subplot()
@@ -118,7 +118,7 @@ def memory(results: Results) -> Picture:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("MiB")
     figure.legend(loc="outside upper left", ncols=2)
-    return Picture(name, title, f"Memory in use: {'; '.join(said)}.", figure)
+    return Picture(name, title, f"Memory in use at most, up to each moment: {'; '.join(said)}.", figure)
 
 
 _WHERE = {"process": "process", "gpu": "GPU", "remembered": "the engine's memory of texts"}

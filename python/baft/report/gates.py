@@ -15,6 +15,9 @@ __all__ = ["gates"]
 
 _PANELS_ABREAST = 4
 
+# Moments that are named below a panel, at most.
+_LABELS = 12
+
 
 def gates(results: Results) -> Picture:
     name, title = "gates", "Use of the bases"
@@ -37,11 +40,12 @@ def gates(results: Results) -> Picture:
             table, aspect="auto", interpolation="none", cmap="cividis", vmin=0, vmax=highest, origin="lower"
         )
         axes.set_title(f"block {layer}")
-        axes.set_xticks(range(len(points)), [f"{p.edits:,}" for p in points], rotation=0 if len(points) < 6 else 60)
+        shown = range(0, len(points), math.ceil(len(points) / _LABELS))
+        axes.set_xticks(shown, [f"{points[k].edits:,}" for k in shown], rotation=0 if len(shown) < 6 else 60)
     figure.supxlabel("edits made", fontsize=9)
     figure.supylabel("basis", fontsize=9)
-    shown = PercentFormatter(1, decimals=1, symbol=" %")
-    bar = figure.colorbar(image, ax=figure.axes, format=shown, fraction=0.02, pad=0.01)
+    percents = PercentFormatter(1, decimals=1, symbol=" %")
+    bar = figure.colorbar(image, ax=figure.axes, format=percents, fraction=0.02, pad=0.01)
     bar.outline.set_visible(False)
     rank = max(len(share) for p in points for share in (p.gates or {}).values())
     words = f"Each basis's share of its block's use; shared evenly by {rank} it would be {percent(1 / rank)}."

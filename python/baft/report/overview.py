@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from baft.evaluation.probes import MEASURES
-from baft.report.style import MEASURE_COLOURS, MEASURE_STYLES
+from baft.report.style import MEASURE_COLOURS, MEASURE_STYLES, edits_axis
 
 __all__ = ["draw_run"]
 
@@ -28,11 +28,11 @@ def draw_run(results: dict[str, Any], path: Path) -> None:
 
 def _title(results: dict[str, Any]) -> str:
     config = results["config"]
-    method = "LoReFT" if config["gate_fn"] == "none" else "BaFT"
-    return (
-        f"{results['edits']} {results['protocol']['mode']} edits of {results.get('dataset', 'a data set')} "
-        f"with {method}, rank {config['rank']}, blocks {', '.join(map(str, config['layers']))}"
-    )
+    method = results.get("method", "BaFT")
+    how = f"with {method}, blocks {', '.join(map(str, config['layers']))}" if config.get("layers") else f"with {method}"
+    if method in ("BaFT", "LoReFT"):
+        how += f", rank {config['rank']}"
+    return f"{results['edits']} {results['protocol']['mode']} edits of {results.get('dataset', 'a data set')} {how}"
 
 
 def _draw_measures(axes: Axes, metrics: dict[str, Any]) -> None:
@@ -75,11 +75,8 @@ def _draw_retention(axes: Axes, retention: list[dict[str, Any]]) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), **MEASURE_STYLES[measure], label=measure)
-    axes.set_xscale("log")
-    axes.set_xticks(edits, map(str, edits))
-    axes.minorticks_off()
+    edits_axis(axes, edits)
     axes.set_ylim(0, 1.05)
-    axes.set_xlabel("edits made")
     axes.set_title("retention: all edits so far, measured again", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)

@@ -65,8 +65,8 @@ class _Memory(_Read):
 
 
 class _General(_Read):
-    perplexity: float
-    before: float
+    perplexity: float | None
+    before: float | None
 
 
 class RetentionPoint(Metrics):

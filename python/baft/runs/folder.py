@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,4 @@ class RunFolder:
         """Take back that the run is done: what its end wrote is no longer so."""
         for path in (self.results, self.edits, self.page, self.picture):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.adapter, ignore_errors=True)

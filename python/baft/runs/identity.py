@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedTokenizerBase
 
 from baft.requests import EditRequest
 from baft.runs.environment import versions
@@ -31,6 +32,8 @@ def identify(
     model: nn.Module,
     requests: Sequence[EditRequest],
     unrelated: Sequence[str] | None,
+    held_out: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
     backend: str,
 ) -> dict[str, Any]:
     """All that a run's result depends on, in a form for JSON; what is large stands there as a hash."""
@@ -41,6 +44,8 @@ def identify(
         "backend": backend,
         "requests": {"number": len(requests), "sha256": _hash_of(r.model_dump_json() for r in requests)},
         "unrelated texts": None if unrelated is None else {"number": len(unrelated), "sha256": _hash_of(unrelated)},
+        "held-out texts": {"number": len(held_out), "sha256": _hash_of(held_out)},
+        "tokenizer": hash_of_tokenizer(tokenizer),
         "model": {"class": type(model).__name__, "sha256": hash_of_model(model)},
         "code": hash_of_code(),
         "versions": versions(),
@@ -65,6 +70,15 @@ def _hash_of(texts: Iterable[str]) -> str:
     for text in texts:
         hashed.update(json.dumps(text).encode())
     return hashed.hexdigest()
+
+
+def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of its vocabulary and of the tokens that have a meaning; where it has rules of its own, of these too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for use in ("padding", "truncation"):  # of its last call
+        rules.pop(use, None)
+    return _hash_of([json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map, rules], sort_keys=True)])
 
 
 @torch.no_grad()

@@ -56,13 +56,17 @@ CREATE TABLE IF NOT EXISTS sessions (
 # Edits that are read at a time.
 _PAGE = 64
 
+# Seconds that one process waits for another that reads, or writes: a copy of a large journal may take some.
+_PATIENCE = 600
+
 
 class Journal:
     """The journal of one run.
 
     Args:
         path: its file, made if need be; None keeps it in memory, for runs that write nothing.
-        read_only: only look, which may be done while another process writes: no reading takes long enough to stop it.
+        read_only: only look, which may be done while another process writes. That waits for a copy to be made, and no
+            other reading takes long enough to be noticed.
 
     Raises:
         ValueError: if the file is no journal, or a damaged one.
@@ -304,6 +308,10 @@ class Journal:
         points = [json.loads(point) for (point,) in self._rows("SELECT point FROM retention")]
         return sorted(points, key=lambda point: (point["edits"], point.get("settled", 0)))
 
+    def has_retention(self, edits: int, settled: int) -> bool:
+        """Whether there was a look back after so many edits and settling rounds."""
+        return self._one("SELECT 1 FROM retention WHERE edits = ? AND settled = ?", edits, settled) is not None
+
     # -- the unedited model's answers, as ``BaseAnswers`` --------------------------------------------------------------
 
     def text(self, prompt: str) -> str | None:
@@ -377,7 +385,7 @@ class Journal:
 
 def _connect(path: Path | None, mode: str) -> sqlite3.Connection:
     name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(name, timeout=30, isolation_level=None, uri=True)
+    return sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None, uri=True)
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,10 +75,12 @@ class Retention:
             "memory": {**peak_memory_bytes(), "remembered": editor.engine_report().get("remembered_bytes")},
         }
 
-    def _general(self, editor: Editor) -> dict[str, float] | None:
+    def _general(self, editor: Editor) -> dict[str, float | None] | None:
         if not self.held_out:
             return None
         if self._unedited is None:
             with editor.disabled():
                 self._unedited = perplexity(editor, self.held_out)
-        return {"perplexity": perplexity(editor, self.held_out), "before": self._unedited}
+        values = {"perplexity": perplexity(editor, self.held_out), "before": self._unedited}
+        # JSON knows no infinity.
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -24,6 +24,9 @@ from baft.runs.watcher import Nobody, Watcher
 
 __all__ = ["RunPlan", "RunReport", "open_context", "run_edits"]
 
+# Prompts of several requests that are named one by one, at most.
+_NAMED = 20
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -104,8 +107,11 @@ def run_edits(
     journal = context.journal
     journal.begin_session(len(journal.positions()))
     journal.describe({**(description or {}), **describe(context, mode)})
-    for conflict in context.conflicts:
+    for conflict in context.conflicts[:_NAMED]:
         context.say(in_words(conflict))
+    more = len(context.conflicts) - _NAMED
+    if more > 0:
+        context.say(f"{more} more prompts are asked for several times: results.json lists them under conflicts")
     run = SequentialRun(context)
     if mode == "sequential":
         run.restore()

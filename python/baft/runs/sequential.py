@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 from baft.editing import Settling
 from baft.engine.learner import DivergedError
@@ -25,6 +27,9 @@ _BASE_AHEAD = 64
 
 # So many requests in a row without a finite loss, and it isn't the requests.
 _DIVERGED_AT_MOST = 3
+
+# So many edits are told once more to the log of a run that goes on: what it keeps to itself for a while may be lost.
+_LOGGED_AGAIN = 1000
 
 
 class SequentialRun:
@@ -64,6 +69,7 @@ class SequentialRun:
             curve, _ = self._train(record.index)
             self._compare(f"edit {record.index}", curve, record.curve)
             context.watcher.advance()
+        self._diverged_in_a_row = len([*takewhile(diverged.__contains__, reversed(done))])
         return len(again)
 
     def _compare(self, what: str, curve: Curve, earlier: Curve) -> bool:
@@ -94,6 +100,7 @@ class SequentialRun:
         order = everything[:up_to]
         done = len(context.journal.positions())
         context.watcher.stage("editing", len(order), done)
+        self._log_again(order[:done])
         self._began = time.perf_counter()
         for number in range(done, len(order)):
             if number == done or number % _BASE_AHEAD == 0:
@@ -183,18 +190,16 @@ class SequentialRun:
         context = self._context
         if not done or not (last or context.retention.due(done)):
             return
-        if (done, self._settled) in ((point["edits"], point["settled"]) for point in context.journal.retention()):
+        if context.journal.has_retention(done, self._settled):
             return
         chosen = context.at(sample(order[:done], context.retention.size))
         seconds = context.journal.totals()["seconds"] + sum(curve.seconds for curve in context.journal.settling())
         point = context.retention.measure(context.editor, chosen, done, self._settled, seconds)
         context.journal.add_retention(point)
-        measures = {m: point[m]["generation"] for m in ("reliability", "generality", "locality") if point[m]}
         settled = ", settled" if self._settled else ""
-        context.watcher.say(f"after {done} edits{settled}: " + ", ".join(f"{m} {v:.3f}" for m, v in measures.items()))
-        if context.log:
-            what = "settled" if self._settled else "retained"
-            context.log.log(done, {f"{what} {measure}": value for measure, value in measures.items()})
+        said = ", ".join(f"{measure} {value:.3f}" for measure, value in _measures(point))
+        context.watcher.say(f"after {done} edits{settled}: {said}")
+        self._log_point(point)
 
     def _save(self, done: int, *, last: bool = False) -> None:
         checkpoints = self._context.checkpoints
@@ -211,13 +216,38 @@ class SequentialRun:
         self._context.watcher.advance(
             f"loss {loss:.3f}, {self._right / self._made:.0%} right at once, {pace:.2f} s an edit"
         )
+        self._log_edit(record, edits)
+
+    # -- figures for those who watch from elsewhere ------------------------------------------------------------------
+
+    def _log_again(self, done: Sequence[int]) -> None:
+        """Bring the log to where the journal is: a process may have died between the one and the other."""
+        context = self._context
+        if not context.log or not done:
+            return
+        first = max(0, len(done) - _LOGGED_AGAIN)
+        points = [point for point in context.journal.retention() if point["edits"] > first]
+        for edits, record in enumerate(context.journal.records(done[first]), first + 1):
+            self._log_edit(record, edits)
+            for point in points:
+                if point["edits"] == edits:
+                    self._log_point(point)
+
+    def _log_edit(self, record: EditRecord, edits: int) -> None:
+        if not self._context.log:
+            return
+        loss = record.curve.losses[-1] if record.curve.losses else math.nan
+        figures = {"loss": loss, "steps": float(record.steps), "seconds": record.seconds}
+        for measure in ("reliability", "locality"):
+            right = [result.generation for result in record.immediate if result.question.measure == measure]
+            if right:
+                figures[f"immediate {measure}"] = sum(right) / len(right)
+        self._context.log.log(edits, figures)
+
+    def _log_point(self, point: Mapping[str, Any]) -> None:
         if self._context.log:
-            figures = {"loss": loss, "steps": float(record.steps), "seconds": record.seconds}
-            for measure in ("reliability", "locality"):
-                right = [result.generation for result in record.immediate if result.question.measure == measure]
-                if right:
-                    figures[f"immediate {measure}"] = sum(right) / len(right)
-            self._context.log.log(edits, figures)
+            what = "settled" if point["settled"] else "retained"
+            self._context.log.log(point["edits"], {f"{what} {name}": value for name, value in _measures(point)})
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -232,6 +262,11 @@ class SequentialRun:
             measured = context.evaluator.measure(context.at(group))
             context.journal.add_measures("final", dict(zip(group, measured, strict=True)))
             context.watcher.advance(units=len(group))
+
+
+def _measures(point: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What stands in the foreground of a look back."""
+    return [(name, point[name]["generation"]) for name in ("reliability", "generality", "locality") if point[name]]
 
 
 def _alike(losses: Sequence[float], others: Sequence[float]) -> bool:

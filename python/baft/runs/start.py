@@ -109,6 +109,8 @@ def start(
         model=model,
         requests=assignment.requests,
         unrelated=assignment.unrelated,
+        held_out=held_out,
+        tokenizer=tokenizer,
         backend=resolve_backend(words.config.backend),
     )
     if folder is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from baft.runs.checkpoints import Checkpoints
 from baft.runs.context import RunContext
 from baft.runs.folder import RunFolder
-from baft.runs.journal import Journal
 from baft.runs.sequential import SequentialRun
 
 __all__ = ["Cost", "cost_of_drop", "cost_of_rollback", "drop", "roll_back"]
@@ -30,33 +29,37 @@ class Cost:
     seconds: float
 
 
-def cost_of_rollback(journal: Journal, checkpoints: Checkpoints, position: int) -> Cost:
+def cost_of_rollback(folder: RunFolder, position: int) -> Cost:
     """What going back to before the request at ``position`` takes.
 
     Raises:
-        ValueError: if no such request has been edited.
+        ValueError: if no such request has been edited, and there is none behind the edits to go back to either.
     """
-    return _cost(journal, checkpoints, position, after=[])
+    return _cost(folder, position, after=[], finishing=not folder.adapter.exists())
 
 
-def cost_of_drop(journal: Journal, checkpoints: Checkpoints, position: int) -> Cost:
+def cost_of_drop(folder: RunFolder, position: int) -> Cost:
     """What leaving out the request at ``position`` takes: all that came after it is edited again.
 
     Raises:
         ValueError: if no such request has been edited.
     """
-    cost = _cost(journal, checkpoints, position, after=[p for p in journal.positions() if p > position])
+    journal = folder.journal
+    cost = _cost(folder, position, after=[p for p in journal.positions() if p > position])
     return replace(cost, seconds=cost.seconds + sum(curve.seconds for curve in journal.settling()))
 
 
 def roll_back(context: RunContext, folder: RunFolder, position: int) -> None:
     """Go back to the state before the request at ``position``: that, and what came after it, is as if never made.
 
+    Broken off, it can be asked for again.
+
     Raises:
         ValueError: if no such request has been edited.
     """
     assert context.checkpoints is not None
-    cost = cost_of_rollback(context.journal, context.checkpoints, position)
+    cost = cost_of_rollback(folder, position)
+    folder.reopen()
     context.checkpoints.cut(cost.kept)  # first: a checkpoint is never of more edits than the journal
     context.journal.cut(position)
     _make_again(context, folder, up_to=cost.kept)
@@ -71,15 +74,15 @@ def drop(context: RunContext, folder: RunFolder, position: int) -> None:
         ValueError: if no such request has been edited.
     """
     assert context.checkpoints is not None
-    cost = cost_of_drop(context.journal, context.checkpoints, position)
+    cost = cost_of_drop(folder, position)
     done = len(context.journal.positions())
+    folder.reopen()
     context.checkpoints.cut(cost.kept)
     context.journal.cut(position, drop=True)
     _make_again(context, folder, up_to=done - 1)
 
 
 def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:
-    folder.reopen()
     run = SequentialRun(context)
     context.journal.begin_session(len(context.journal.positions()))
     run.restore()
@@ -87,13 +90,18 @@ def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:
     context.editor.save_pretrained(folder.adapter)
 
 
-def _cost(journal: Journal, checkpoints: Checkpoints, position: int, after: list[int]) -> Cost:
+def _cost(folder: RunFolder, position: int, after: list[int], *, finishing: bool = False) -> Cost:
+    """The cost of keeping what is before ``position``, and making again what was ``after`` it.
+
+    Where ``finishing`` what was broken off, all that is to be taken back may be gone from the journal already.
+    """
+    journal = folder.journal
     done = journal.positions()
-    if position not in done:
+    if position not in done and not (finishing and done and position == done[-1] + 1):
         edited = f"{done[0]} to {done[-1]}" if done else "none"
         raise ValueError(f"request: expected the number of one that was edited ({edited}), got {position}")
-    kept = done.index(position)
-    checkpoint = max((count for count in checkpoints.counts() if count <= kept), default=0)
+    kept = bisect_left(done, position)
+    checkpoint = max((count for count in folder.checkpoints().counts() if count <= kept), default=0)
     again = {*done[checkpoint:kept], *after}
     seconds = sum(r.seconds for r in journal.records(measures=False) if r.index in again)
     return Cost(kept, checkpoint, len(again), seconds)
