@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.editor import EditOutcome
+from baft.engine.growth import set_new_gates
 from baft.engine.options import EngineOptions
 from baft_kernels import orthonormality_error
 from baft_kernels.reference import GATE_FNS
@@ -403,3 +404,18 @@ def test_a_request_that_can_not_be_edited_is_refused_before_any_is(mode: Any) ->
 def test_generating_without_the_subject_that_the_positions_need() -> None:
     with pytest.raises(ValueError, match=r'^positions="subject": expected to be told'):
         tiny_editor(positions="subject").generate("Ada is")
+
+
+def test_gates_are_calibrated_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of hundreds of texts would take more memory than all else."""
+    editor = tiny_editor()
+    head = editor.model.get_output_embeddings()
+    trainer = editor._begin()
+    before = editor.parameters()["layers.1.gate"]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the head was run")
+
+    monkeypatch.setattr(head, "forward", refuse)
+    set_new_gates(trainer, 0.0)
+    torch.testing.assert_close(editor.parameters()["layers.1.gate"], before)

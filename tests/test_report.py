@@ -16,6 +16,7 @@ from report_runs import edit, metrics, results, retained, write_run
 from baft.report import compare, curves, write_report
 from baft.report.digest import choose, digest
 from baft.report.gates import gates
+from baft.report.overview import _title
 from baft.report.packing import pack
 from baft.report.source import EditLine, Results, read_run
 from baft.report.words import duration, facts, labels, percent, size
@@ -87,6 +88,29 @@ def test_what_runs_did_not_record_before_is_no_data() -> None:
     for picture in (curves.general(read), curves.memory(read), gates(read)):
         assert picture.figure is None and picture.words.startswith("No data")
     assert curves.retention(read).figure and curves.seconds(read, [1.0, 2.0]).figure
+
+
+def test_general_ability_that_is_no_finite_number_is_left_out() -> None:
+    points = [retained(1, 0), retained(10, 1)]
+    points[1]["general"]["perplexity"] = None
+    figure = curves.general(_results(retention=points)).figure
+    assert figure and len(figure.axes[0].lines[0].get_xdata()) == 1
+    points[0]["general"]["before"] = None
+    assert curves.general(_results(retention=points)).words == "No data: no value of this run is finite."
+
+
+def test_of_many_looks_back_some_are_named() -> None:
+    figure = gates(_results(retention=[retained(n, min(n - 1, 3)) for n in range(1, 41)])).figure
+    assert figure and [t.get_text() for t in figure.axes[0].get_xticklabels()] == [str(n) for n in range(1, 41, 4)]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("BaFT", "with BaFT, blocks 0, 2, rank 4"), ("LoRA", "with LoRA, blocks 0, 2"), (None, "with BaFT, blocks")],
+)
+def test_a_runs_picture_names_its_method(method: str | None, words: str) -> None:
+    made = results(10, method=method, config={"rank": 4, "gate_fn": "sigmoid", "layers": [0, 2]})
+    assert words in _title({name: value for name, value in made.items() if value is not None})
 
 
 def test_settling_and_what_is_remembered_of_texts_are_told() -> None:

@@ -108,6 +108,18 @@ def test_conflicts_are_listed_and_what_was_contradicted_does_not_count(tmp_path:
     assert last[1]["final"][0]["text"] == last[4]["final"][0]["text"]
 
 
+def test_of_many_conflicts_a_few_are_named_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baft.runs.run._NAMED", 2)
+    listener = Listener()
+    twice = [request for request in ASKED[:4] for _ in range(2)]
+    report = run_in(tmp_path, requests=twice, listener=listener, max_steps=1, settling_rounds=0)
+    assert len(report.results["conflicts"]) == 4
+    (session,) = report.results["sessions"]
+    for said in (session["notes"], [text for text in listener.said if "asked for" in text]):
+        assert [text.partition("is asked for")[0].strip() for text in said[:2]] == [repr(r.prompt) for r in ASKED[:2]]
+        assert said[2:] == ["2 more prompts are asked for several times: results.json lists them under conflicts"]
+
+
 def test_only_what_is_edited_in_contradicts() -> None:
     requests = [ASKED[0].model_copy(update={"target": target}) for target in ("Ebor", "Arvik", "Ebor", "Paris")]
     found = conflicts(requests)
