@@ -29,8 +29,8 @@ SCORES = ("generation", "token", "sequence", "known")
 class Evaluator:
     """Puts probes to an editor's model, in batches.
 
-    The unedited model's answers are recorded with ``record_base``, before the first edit; a question that was not
-    recorded is recorded when it is first asked, with the edits switched off.
+    The unedited model's answers are recorded with ``record_base``, all edits switched off; to a question that was
+    forgotten there, when it is first asked.
 
     Two families of measures (never mixed): *generation*, greedy decoding with the KV cache, where a text counts if it
     answers with an accepted alias and stops (``baft.evaluation.matching``); and teacher forcing of the first accepted

@@ -21,9 +21,8 @@ def edit_singly(context: RunContext) -> None:
     """Each request alone, several at a time; those that are done are measured side by side, and written down."""
     world, done = context.world, set(context.journal.positions())
     left = [position for position in context.order() if position not in done]
+    _record_base(context, left)
     context.watcher.stage("editing", len(left) + len(done), len(done))
-    for group in in_groups(left):
-        context.evaluator.record_base(context.at(group))
     own = world.share(left)
     outcomes = context.editor.edit_each(context.at(own)) if own else iter(())
     # One process may have an edit more than another: all come here as often as the one with the most.
@@ -34,6 +33,14 @@ def edit_singly(context: RunContext) -> None:
             context.journal.add(*records)
             for record in records:
                 context.watcher.advance(f"loss {record.curve.losses[-1]:.3f}" if record.curve.losses else "")
+
+
+def _record_base(context: RunContext, positions: Sequence[int]) -> None:
+    """What the unedited model answers to all that will be asked."""
+    context.watcher.stage("asking the unedited model", len(positions))
+    for group in in_groups(positions):
+        context.evaluator.record_base(context.at(group))
+        context.watcher.advance(units=len(group))
 
 
 def _measured(
@@ -68,8 +75,7 @@ def edit_in_one_batch(context: RunContext) -> None:
         context.editor.load_state(known.state)
         context.editor.edits = context.at(order)
         return
-    for group in in_groups(order):
-        context.evaluator.record_base(context.at(group))
+    _record_base(context, order)
     steps = 0
 
     def count(step: int, at_most: int, loss: float) -> None:
