@@ -156,10 +156,12 @@ def retract_near_(bases: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
 def _retract_if_near_(basis: Tensor) -> Tensor:
     """``retract_near_`` of one."""
     _check(basis)
+    if basis.ndim != 2:
+        raise ValueError(f"bases: expected shapes [r, d], got {list(basis.shape)}")
     r = basis.double()
     gram = r @ r.mT
     distance = _distance(gram).float()
-    if _is_known(distance):
+    if _is_on_host(distance):
         if distance <= NEAR:
             basis.copy_(_inverse_root(gram, _iterations(float(distance), basis.dtype)) @ r)
     else:
@@ -167,8 +169,8 @@ def _retract_if_near_(basis: Tensor) -> Tensor:
     return distance
 
 
-def _is_known(value: Tensor) -> bool:
-    """Whether a look at it waits for nothing: then it saves half of the products."""
+def _is_on_host(value: Tensor) -> bool:
+    """Whether reading it makes nobody wait: then needless iterations, half of them and more, can be left out."""
     return value.device.type == "cpu"
 
 

@@ -49,6 +49,7 @@ class Timed:
 
     Attributes:
         edits: how many were made; None of a batch that wasn't trained to its end.
+        peak_bytes: of ours with what is kept of texts, and every edit's state.
         slots: how many of ours went abreast.
         quality: measures by name; None where there is nothing to measure.
     """
@@ -91,8 +92,10 @@ def edit_ours(
 
 def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: int) -> Timed:
     """The same, with texts drawn by our editor's own trainer: ``count`` edits, or of a batch so many ``rounds``."""
+    memory, steps = PeakMemory(subject.model.device), 0
     with plain_editor(subject, task) as (plain, draw_for):
-        memory, steps = PeakMemory(subject.model.device), 0
+        plain.step(*draw_for([0])())  # what is done once, on a GPU: kernels loaded, libraries made ready
+        plain.restart()
         start = now(subject)
         if mode == "batch":
             size = plain.config.batch_size

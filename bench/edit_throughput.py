@@ -79,7 +79,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=PARTS, default=list(PARTS), help="of ours")
-    parser.add_argument("--requests", type=int, default=32, help="edited by each of our variants in a round; the batch")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        help="edited by ours in a round; a sequence has twice --plain-requests",
+    )
     parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one; its rounds of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
@@ -314,11 +319,13 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
                 edit_ours(subject, "single", task, options.requests, EngineOptions(slots=slots))
                 for _ in range(options.rounds)
             ]
+            asked, slots = slots, min(t.slots for t in runs if t.slots)  # fewer, where memory ran out
             seconds = median(t.seconds for t in runs) / options.requests
             step = median(t.seconds / t.steps for t in runs)
             peak = _peak_mib(runs)
-            raw.append({"task": task, "slots": slots, "seconds_per_edit": seconds, "rounds": [vars(t) for t in runs]})
-            rows.append([task, str(runs[0].slots), f"{seconds:.4f}", f"{step * 1e3:.2f}", _figure(peak, 0)])
+            line = {"task": task, "asked": asked, "slots": slots, "seconds_per_edit": seconds, "peak_mib": peak}
+            raw.append({**line, "rounds": [vars(t) for t in runs]})
+            rows.append([task, str(slots), f"{seconds:.4f}", f"{step * 1e3:.2f}", _figure(peak, 0)])
             save(raw, about, path)
             console.print(f"{task}, {slots} abreast: {seconds:.4f} s an edit", style="dim")
     show(rows, console)

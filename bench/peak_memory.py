@@ -22,20 +22,25 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._before: int | None = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         elif sys.platform == "linux":
             _give_back_what_is_free()
-            Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
+            except OSError:
+                return  # a kernel, or a container, without it
             self._before = _held("VmRSS")
 
     def bytes(self) -> int | None:
         """Of the highest point so far; None where nothing tells."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _held("VmHWM") - self._before if sys.platform == "linux" else None
+        if self._before is None:
+            return None
+        on_gpu = self._device.type == "cuda"
+        return (torch.cuda.max_memory_allocated(self._device) if on_gpu else _held("VmHWM")) - self._before
 
 
 def _give_back_what_is_free() -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from baft import BaftEditor, EditRequest
 from baft.editor import EditOutcome
+from baft.engine.learner import DivergedError
 from baft.engine.options import EngineOptions
 from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, StepInputs, TrainingStep
@@ -368,6 +369,28 @@ def test_its_neighbours_padding_stays_finite_too() -> None:
     assert stopped.curve.diverged
     for actual, expected in zip(others, outcomes(tiny_model(), REQUESTS[:3]), strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("parameter", ["basis", "gate_bias"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_sequential_edit_that_learns_what_is_no_number_is_an_error(
+    parameter: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, steps = ParameterSets.update, 0
+
+    def spoil(sets: ParameterSets, *given: Any) -> Tensor:
+        nonlocal steps
+        distances, steps = update(sets, *given), steps + 1
+        if steps == (SHORT["max_steps"] if last else 2):
+            sets._values[f"layers.1.{parameter}"].fill_(math.nan)
+            return distances.fill_(math.nan) if parameter == "basis" else distances
+        return distances
+
+    editor = editor_with(None, **SHORT)
+    monkeypatch.setattr(ParameterSets, "update", spoil)
+    with pytest.raises(DivergedError, match="the edit loss became nan"):
+        editor.edit(REQUESTS[:1])
+    assert editor.edits == []
 
 
 def test_a_sequential_edit_whose_loss_is_no_number_is_an_error() -> None:

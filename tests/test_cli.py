@@ -156,7 +156,6 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
     other = tmp_path / "other.yaml"
     other.write_text("rank: 23\nlocality_weight: 5\n")
     for option, value in (
-        ("--config", other),
         ("--seed", 5),
         ("--method", "lora"),
         ("--backend", "reference"),
@@ -170,6 +169,8 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
         assert done.returncode == 2, option
         assert f"{option[2:].replace('-', '_')}: the run was started with" in done.stderr
     assert baft("run", "--resume", "--out", out, "--tensor-parallel").returncode == 2
+    done = baft("run", "--resume", "--out", out, "--config", other)
+    assert done.returncode == 2 and done.stderr.endswith("with another one: rank was 24 and is 23\n")
     same = out.with_suffix(".yaml")  # the same words may be said again
     again = shutil.copytree(out, tmp_path / "again")
     done = baft("run", "--resume", "--out", again, "--seed", 3, "--config", same, "--edits", 4, "--mode", "sequential")

@@ -25,7 +25,7 @@ from baft_kernels import retract_near_, stiefel
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is at hand before the device has computed it."""
-    monkeypatch.setattr(stiefel, "_is_known", lambda value: False)
+    monkeypatch.setattr(stiefel, "_is_on_host", lambda value: False)
 
 
 class Eager(Graphs):

@@ -14,6 +14,7 @@ from baft_kernels import (
     project_to_tangent,
     retract_,
     retract_after_step,
+    stiefel,
 )
 from baft_kernels.stiefel import NEAR, orthogonal_rows, retract_near_
 
@@ -146,9 +147,13 @@ def test_the_iteration_converges_as_far_out_as_it_is_used(squared_length: float)
     torch.testing.assert_close(retract_(basis), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 16), (12, 96), (16, 16)])
-def test_however_near_a_basis_is_it_is_retracted_to_its_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_however_near_a_basis_is_it_is_retracted_to_its_rounding(
+    shape: tuple[int, int], dtype: torch.dtype, on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stiefel, "_is_on_host", lambda value: on_host)
     for distance in (0.0, 1e-8, 1e-5, 1e-3, 0.02, 0.1, 0.2, 0.3, 0.4, 0.45, 0.97 * NEAR):
         drawn = normal(shape[0], shape[0], seed=3)
         error = (drawn + drawn.mT) * distance / (drawn + drawn.mT).norm()
@@ -160,6 +165,11 @@ def test_however_near_a_basis_is_it_is_retracted_to_its_rounding(shape: tuple[in
         # Half a unit in the last place; of float64 the products' own rounding, too.
         rtol, atol = (0.0, 4e-15) if dtype == torch.float64 else (0.51 * torch.finfo(dtype).eps, 4e-9)
         torch.testing.assert_close(basis.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def test_what_is_retracted_together_are_single_bases() -> None:
+    with pytest.raises(ValueError, match=r"bases: expected shapes \[r, d\], got \[2, 3, 16\]"):
+        retract_near_([moved_basis((2, 3, 16), 0.1)])
 
 
 def test_an_ordinary_step_needs_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -48,29 +47,51 @@ def test_rolling_back_gives_the_state_before_a_request(done: Path, tmp_path: Pat
     ]
 
 
-@pytest.mark.parametrize("taking_back", [roll_back, drop])
-def test_broken_off_it_leaves_no_state_that_is_not_the_journals(
-    taking_back: Any, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["baft.runs.sequential.SequentialRun.restore", "baft.storage.save_editor"])
+@pytest.mark.parametrize("number", [0, 6])
+def test_going_back_that_broke_off_can_be_asked_for_again(
+    number: int, broken: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     place = RunFolder(done)
-    context = open_context(small_editor(), ASKED, plan=SPARSE, folder=place)
+    drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 4)
+
+    def go_back() -> None:
+        roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, number)
+
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("baft.runs.sequential.SequentialRun.restore", killed)
-        taking_back(context, place, 6)
-    assert place.journal.positions() == [0, 1, 2, 3, 4, 5] and not place.adapter.exists()
-    if taking_back is roll_back:  # a drop is gone on with like any other run
-        assert cost_of_rollback(place, 6).edits == 2
-        roll_back(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 6)
-        before = small_editor()
-        before.edit(ASKED[:6])
-        before.save_pretrained(tmp_path / "before")
-        assert tensors(done / "adapter") == tensors(tmp_path / "before")
-        with pytest.raises(ValueError, match=r"\(0 to 5\), got 6"):
-            cost_of_rollback(place, 6)
+        patched.setattr(broken, _break_off)
+        go_back()
+    left = [position for position in range(number) if position != 4]
+    assert place.journal.positions() == left and not place.adapter.exists()
+    go_back()
+    assert place.journal.positions() == left
+    before = small_editor()
+    before.edit([ASKED[position] for position in left])
+    before.save_pretrained(tmp_path / "before")
+    assert tensors(done / "adapter") == tensors(tmp_path / "before")
     place.close()
+    run_in(done, plan=SPARSE)  # once edited on, there is nothing to be asked for again
+    with pytest.raises(ValueError, match=r"\(0 to 8\), got 4"), RunFolder(done) as place:
+        cost_of_rollback(place, 4)
+
+
+def test_a_drop_that_broke_off_is_gone_on_with(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = RunFolder(done)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("baft.runs.sequential.SequentialRun.restore", _break_off)
+        drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 6)
+    assert not place.adapter.exists()  # no state that isn't the journal's
+    place.close()
+    run_in(done, plan=SPARSE)
+    without = small_editor()
+    without.edit([*ASKED[:6], *ASKED[7:]])
+    without.settle()
+    without.save_pretrained(tmp_path / "without")
+    assert tensors(done / "adapter") == tensors(tmp_path / "without")
+
+
+def _break_off(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_run_that_was_rolled_back_goes_on_as_the_whole_one(done: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_eac
 from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
-from baft.engine.learner import Learner
+from baft.engine.learner import DivergedError, Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
 from baft.engine.surroundings import Surroundings
@@ -150,6 +151,8 @@ class TrainedEditor(ABC):
         for request, chunks in zip(requests, rows, strict=True):
             with frozen_for_editing(self.model):
                 curve = edit_next(trainer, chunks, past, on_step)
+            if not all(bool(parameter.isfinite().all()) for parameter in self._own().values()):
+                raise DivergedError(math.nan, curve.steps)  # by its last step, whose loss was finite
             keep(request, chunks)
             self._tend(trainer, past, on_step)
             finish(request, curve)

@@ -76,6 +76,7 @@ def _journal(folder: Path) -> Any:
 
 def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> None:
     from baft.runs.folder import RunFolder
+    from baft.runs.logs import open_log
     from baft.runs.run import open_context
     from baft.runs.start import RunWords, start
 
@@ -95,7 +96,12 @@ def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> N
             return
         with console.progress() as watcher:
             started = start(words, place, on_training=watcher.training)
-            context = open_context(started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher)
+            log = open_log(words.log, place.path) if words.log else None
+            context = open_context(
+                started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher, log=log
+            )
             do(context, place, number)
+            if log:
+                log.close()
         left = len(place.journal.positions())
         console.say(f"{left} edits are in {place.adapter}; `baft run --resume --out {folder}` goes on from there.")

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "run"]
 
-# What changes nothing of what a run finds.
-_CHANGEABLE = {"remember", "log"}
+# What a run that goes on may be told anew.
+_MAY_DIFFER = {"remember", "log"}
 
 
 def demo(
@@ -149,19 +149,20 @@ def _is_said(context: typer.Context, name: str) -> bool:
 
 
 def _agree(words: RunWords, context: typer.Context) -> None:
-    """A run that goes on is as it was started; what is said again has to be the same, but for ``_CHANGEABLE``."""
+    """A run that goes on is as it was started; what is said again has to be the same, but for ``_MAY_DIFFER``."""
+    from baft.runs.identity import differences
     from baft.runs.inputs import load_config
 
     said = {name: value for name, value in context.params.items() if _is_said(context, name)}
     started: dict[str, Any] = {**dict(words), "seed": words.config.seed, "backend": words.config.backend}
-    if path := said.get("config"):
-        said["config"] = load_config(path, seed=words.config.seed, backend=words.config.backend)
-    for name in said.keys() & started.keys() - _CHANGEABLE:
-        if said[name] != started[name]:
-            raise ValueError(
-                f"{name}: the run was started with {started[name]!r}, got {said[name]!r}; "
-                "with --resume it needn't be said"
-            )
+    if path := said.pop("config", None):
+        config = load_config(path, seed=words.config.seed, backend=words.config.backend)
+        found = differences(words.config.model_dump(mode="json"), config.model_dump(mode="json"))
+        if found:
+            raise ValueError(f"config: the run was started with another one: {'; '.join(found)}")
+    for name, value in started.items():
+        if name in said and name not in _MAY_DIFFER and said[name] != value:
+            raise ValueError(f"{name}: the run was started with {value!r}, got {said[name]!r}")
 
 
 def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:

@@ -139,7 +139,7 @@ class EditsAbreast:
         self._fill()
         busy = [(number, slot) for number, slot in enumerate(self._slots) if slot is not None]
         lessons = [self._lesson(number, slot) for number, slot in busy]
-        before = self._memory(reset=True)
+        before = self._memory(reset=not self._planned)
         captured = self._planned and len(busy) == self.slots and self._graphs.used
         losses = self._step(lessons, self._graphs if captured else None, few_shapes=captured).tolist()
         return _Taken(busy, [len(lesson.edits) for lesson in lessons], losses, self._memory() - before)
@@ -192,7 +192,7 @@ class EditsAbreast:
         self._slots[number] = None
         own = self._step.sets.state(number)
         if not all(bool(value.isfinite().all()) for value in own.values()):
-            # Not of the loss before it was the last step's undoing, but of what that learned.
+            # The last loss was finite, but the step that it belongs to made parameters that aren't.
             slot.progress.curve.converged, slot.progress.curve.diverged = False, True
         state = {**self._origin, **own, "generator": slot.generator.get_state()}
         if self._trainer.config.balance_weight > 0:

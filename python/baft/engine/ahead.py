@@ -75,8 +75,9 @@ def take_steps(trainer: StepTaker, plan: Plan, ended: Ended) -> None:
         ended: agrees with the trainer's ``Ending``.
 
     Raises:
-        DivergedError: if a step's loss is no finite number any more; that step changed nothing.
-        ValueError: if a basis has become one that can't be retracted.
+        DivergedError: if a step's loss is no finite number any more, and then it changed nothing; or if what it learned
+            isn't.
+        ValueError: if the rows of a basis have become dependent.
     """
     step = trainer.step
     assert step.ending is not None
@@ -99,7 +100,9 @@ def take_steps(trainer: StepTaker, plan: Plan, ended: Ended) -> None:
             break
         loss, losses, distances = begun.popleft().found()
         over = not math.isfinite(loss) or ended(losses)
-        if not all(distance <= NEAR for distance in distances):
+        if not all(map(math.isfinite, distances)):
+            loss, over = math.nan, True
+        elif not all(distance <= NEAR for distance in distances):
             step.sets.retract_far((0,), distances)
             if not over:  # those begun since were on hold
                 step.ending.release()

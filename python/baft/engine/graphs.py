@@ -97,7 +97,9 @@ class Graphs:
         # Whatever it was: if the step itself is at fault, it will say so when it is run without a graph.
         except Exception as error:
             self._step.sets.drop_gradients()
-            self._why_not = self._why_never = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self._why_not = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if not isinstance(error, torch.OutOfMemoryError):  # after which smaller ones may do
+                self._why_never = self._why_not
             warnings.warn(f"steps run without CUDA graphs: {self._why_not}", RuntimeWarning, stacklevel=2)
         else:
             self._graphs[shape] = _Graph(static, replay, found)

@@ -13,7 +13,7 @@ from baft.engine.encoding import IGNORED, Encoded, most_tokens
 from baft.engine.modes import evaluating
 from baft.placement import device_of
 
-__all__ = ["negative_log_likelihoods", "perplexity"]
+__all__ = ["exp", "finite", "negative_log_likelihoods", "perplexity"]
 
 # A mean whose exp is a finite number.
 _MOST = 700.0
@@ -22,15 +22,27 @@ _MOST = 700.0
 def perplexity(editor: Editor, texts: Sequence[str], *, batch_size: int = 64) -> float:
     """exp of the mean negative log-likelihood of all tokens of ``texts`` but each one's first, under the edits.
 
-    Of a text that is too long for the model, what it takes. NaN of none.
+    Of a text that is too long for the model, what it takes.
+
+    Returns:
+        A finite number, or infinity; NaN of no text.
     """
     encoded = [editor.encoder.prompt(text, subject="").cut(most_tokens(editor.model)) for text in texts]
     rows = [Encoded(text.ids, 1, text.subject) for text in encoded if len(text.ids) > 1]
     total, tokens = 0.0, 0
     for nll, count in negative_log_likelihoods(editor, rows, batch_size):
         total, tokens = total + nll, tokens + count
-    mean = total / tokens if tokens else math.nan
-    return math.exp(mean) if mean < _MOST else mean * math.inf
+    return exp(total / tokens) if tokens else math.nan
+
+
+def exp(mean: float) -> float:
+    """e to the power of ``mean``, infinity where that is too much for a number."""
+    return math.exp(mean) if mean < _MOST else mean * math.inf  # NaN stays NaN
+
+
+def finite(value: float) -> float | None:
+    """``value`` for JSON, which knows neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
 
 
 @torch.no_grad()

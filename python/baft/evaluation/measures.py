@@ -29,8 +29,8 @@ SCORES = ("generation", "token", "sequence", "known")
 class Evaluator:
     """Puts probes to an editor's model, in batches.
 
-    The unedited model's answers are recorded with ``record_base``, all edits switched off; to a question that was
-    forgotten there, when it is first asked.
+    The unedited model's answers are recorded with ``record_base``, all edits switched off; one that is missing
+    there, when it is first needed.
 
     Two families of measures (never mixed): *generation*, greedy decoding with the KV cache, where a text counts if it
     answers with an accepted alias and stops (``baft.evaluation.matching``); and teacher forcing of the first accepted

@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS retention (
     edits INTEGER NOT NULL, settled INTEGER NOT NULL, point TEXT NOT NULL, PRIMARY KEY (edits, settled)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS settling (round INTEGER PRIMARY KEY, training TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cut (one INTEGER PRIMARY KEY CHECK (one = 1), position INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS description (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
@@ -65,8 +66,8 @@ class Journal:
 
     Args:
         path: its file, made if need be; None keeps it in memory, for runs that write nothing.
-        read_only: only look, which may be done while another process writes. That waits for a copy to be made, and no
-            other reading takes long enough to be noticed.
+        read_only: only look, which may be done while another process writes. The writer waits, at most ten minutes,
+            while a copy is made; no other reading takes long enough to be noticed.
 
     Raises:
         ValueError: if the file is no journal, or a damaged one.
@@ -167,6 +168,7 @@ class Journal:
     def add(self, *records: EditRecord) -> None:
         """Write down edits with their immediate measures: all of them, or after an error none."""
         with self._transaction() as connection:
+            connection.execute("DELETE FROM cut")
             for record in records:
                 row = (
                     record.index,
@@ -267,7 +269,7 @@ class Journal:
         return dict(zip(names, row, strict=True))
 
     def cut(self, position: int, *, drop: bool = False) -> None:
-        """Forget the edits from ``position`` on, and all measures that they were part of.
+        """Forget the edits from ``position`` on, and all measures that they were part of; see ``cut_at``.
 
         Args:
             drop: leave the request at ``position`` out of the run from now on.
@@ -280,12 +282,19 @@ class Journal:
             connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))
             connection.execute("DELETE FROM retention WHERE edits > ? OR settled > 0", (left,))
             connection.execute("DELETE FROM settling")
+            connection.execute("INSERT OR REPLACE INTO cut VALUES (1, ?)", (position,))
+
+    def cut_at(self) -> int | None:
+        """Where the edits were cut off, if nothing was edited since: the editor's state may not have followed."""
+        found: int | None = self._one("SELECT position FROM cut") if self._has("cut") else None
+        return found
 
     # -- settling rounds --------------------------------------------------------------------------------------------
 
     def add_settling(self, number: int, curve: Curve) -> None:
         """Write down how a settling round trained, the number of them before it being ``number``."""
         with self._transaction() as connection:
+            connection.execute("DELETE FROM cut")
             connection.execute("DELETE FROM settling WHERE round >= ?", (number,))
             connection.execute("INSERT INTO settling VALUES (?, ?)", (number, json.dumps(curve_as_json(curve))))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from baft.editing import Editor, Gated
-from baft.evaluation.likelihood import perplexity
+from baft.evaluation.likelihood import finite, perplexity
 from baft.evaluation.measures import Evaluator, summarise
 from baft.requests import EditRequest
 from baft.runs.environment import peak_memory_bytes
@@ -81,6 +80,4 @@ class Retention:
         if self._unedited is None:
             with editor.disabled():
                 self._unedited = perplexity(editor, self.held_out)
-        values = {"perplexity": perplexity(editor, self.held_out), "before": self._unedited}
-        # JSON knows no infinity.
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"perplexity": finite(perplexity(editor, self.held_out)), "before": finite(self._unedited)}

@@ -33,9 +33,9 @@ def cost_of_rollback(folder: RunFolder, position: int) -> Cost:
     """What going back to before the request at ``position`` takes.
 
     Raises:
-        ValueError: if no such request has been edited, and there is none behind the edits to go back to either.
+        ValueError: if no such request has been edited, and it isn't one that going back to broke off.
     """
-    return _cost(folder, position, after=[], finishing=not folder.adapter.exists())
+    return _cost(folder, position, after=[], retried=folder.journal.cut_at())
 
 
 def cost_of_drop(folder: RunFolder, position: int) -> Cost:
@@ -90,14 +90,15 @@ def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:
     context.editor.save_pretrained(folder.adapter)
 
 
-def _cost(folder: RunFolder, position: int, after: list[int], *, finishing: bool = False) -> Cost:
+def _cost(folder: RunFolder, position: int, after: list[int], *, retried: int | None = None) -> Cost:
     """The cost of keeping what is before ``position``, and making again what was ``after`` it.
 
-    Where ``finishing`` what was broken off, all that is to be taken back may be gone from the journal already.
+    Args:
+        retried: a position that all is gone from already.
     """
     journal = folder.journal
     done = journal.positions()
-    if position not in done and not (finishing and done and position == done[-1] + 1):
+    if position not in done and position != retried:
         edited = f"{done[0]} to {done[-1]}" if done else "none"
         raise ValueError(f"request: expected the number of one that was edited ({edited}), got {position}")
     kept = bisect_left(done, position)
