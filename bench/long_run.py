@@ -39,7 +39,9 @@ from baft.runs.start import RunWords, start
 
 # A thousand facts need more bases than a hundred, and more unrelated texts a step. What retellings give to generality
 # leaves room for a smaller weight on locality, with which edits are learned in fewer steps.
-FACTWORLD = BaftConfig(rank=128, learning_rate=6e-3, max_steps=8, locality_weight=12.0, unrelated_per_step=96)
+FACTWORLD = BaftConfig(
+    rank=128, learning_rate=6e-3, max_steps=8, locality_weight=12.0, unrelated_per_step=96, settling_rounds=32
+)
 # CounterFact asks its rephrasings behind other texts, so that is how they are learned. A thousand of its records need
 # all the bases that there are, and longer settling: with 128 and 16 rounds later edits undid what earlier ones had
 # learned.
