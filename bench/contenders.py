@@ -99,10 +99,10 @@ def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: in
         start = now(subject)
         if mode == "batch":
             size = plain.config.batch_size
-            for _ in range(rounds):
-                for first in range(0, count, size):
-                    plain.step(*draw_for(range(first, min(first + size, count)))())
-                    steps += 1
+            draws = [draw_for(range(first, min(first + size, count))) for first in range(0, count, size)]
+            for draw in rounds * draws:
+                plain.step(*draw())
+                steps += 1
         else:
             for number in range(count):
                 if mode == "single":

@@ -24,26 +24,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
+from contenders import TASKS, Subject, Timed, edit_ours, edit_plainly, now, plain_editor, plain_text, removed
+from plain_editing import generate_one_by_one
+from products import recorded_products
+from report import RESULTS, called, markdown, provenance
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, build
+from stopwatch import SECTIONS, Stopwatch
+from throughput_pictures import draw_curve, draw_parts
 
-# After the folders of this checkout are known:
-from contenders import TASKS, Subject, Timed, edit_ours, edit_plainly, now, plain_editor, plain_text, removed  # noqa: E402
-from plain_editing import generate_one_by_one  # noqa: E402
-from products import recorded_products  # noqa: E402
-from report import RESULTS, called, markdown, provenance  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from shapes import SHAPES, build  # noqa: E402
-from stopwatch import SECTIONS, Stopwatch  # noqa: E402
-from throughput_pictures import draw_curve, draw_parts  # noqa: E402
-
-from baft.editing import Mode  # noqa: E402
-from baft.engine.options import EngineOptions  # noqa: E402
-from baft.engine.sets import ParameterSets  # noqa: E402
-from baft.evaluation.probes import questions  # noqa: E402
-from baft.runs.inputs import load_assignment, load_model  # noqa: E402
-from baft_kernels import BaftIntervention, GroupedBaftIntervention  # noqa: E402
+from baft.editing import Mode
+from baft.engine.options import EngineOptions
+from baft.engine.sets import ParameterSets
+from baft.evaluation.probes import questions
+from baft.runs.inputs import load_assignment, load_model
+from baft_kernels import BaftIntervention, GroupedBaftIntervention
 
 MODES: tuple[Mode, ...] = ("single", "sequential", "batch")
 OURS = "ours"
@@ -79,12 +75,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=PARTS, default=list(PARTS), help="of ours")
-    parser.add_argument(
-        "--requests",
-        type=int,
-        default=32,
-        help="edited by ours in a round; a sequence has twice --plain-requests",
-    )
+    parser.add_argument("--requests", type=int, default=32, help="edited by ours; a sequence: twice --plain-requests")
     parser.add_argument("--plain-requests", type=int, default=4, help="edited by the plain one; its rounds of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
@@ -256,14 +247,8 @@ def product_bound(subject: Subject, task: str, options: argparse.Namespace) -> d
     with removed(editor):
         requests = subject.requests[: options.requests]
         list(editor.edit_each(requests))
-        taken = 0
-
-        def stepped(*_: object) -> None:
-            nonlocal taken
-            taken += 1
-
         with recorded_products() as products:
-            list(editor.edit_each(requests, on_step=stepped))
+            taken = sum(outcome.curve.steps for outcome in editor.edit_each(requests))
         found[OURS] = {"operations": products.operations / taken, "seconds": products.seconds() / taken}
     return found
 

@@ -283,7 +283,7 @@ def edit_throughput(stage: Stage) -> str:
     shape = "tiny" if stage.rehearsal else "llama-2-7b"
     size = "--requests 2 --plain-requests 1 --rounds 1" if stage.rehearsal else "--requests 64 --plain-requests 1"
     arguments = f"--shape {shape} --modes single sequential --tasks edit --rounds 1 {size}".split()
-    # Without "- edits abreast", which takes longest: the curve over slots has it.
+    # Without "- edits abreast", which alone would take all the time.
     variants = ["ours", "+ Triton kernels", "+ CUDA kernels", "+ CUDA graphs", "+ CUDA kernels and graphs"]
     stage.program("script", "edit_throughput.py", stage.results, *arguments, "--variants", *variants)
     path = stage.results / f"edit_throughput_{shape}_{device().type}.json"

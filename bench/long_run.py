@@ -43,8 +43,8 @@ FACTWORLD = BaftConfig(
     rank=128, learning_rate=6e-3, max_steps=8, locality_weight=12.0, unrelated_per_step=96, settling_rounds=32
 )
 # CounterFact asks its rephrasings behind other texts, so that is how they are learned. A thousand of its records need
-# all the bases that there are, and longer settling: with 128 and 16 rounds later edits undid what earlier ones had
-# learned.
+# as many bases as a testbed is wide, and longer settling: with 128 and 16 rounds later edits undid more of what earlier
+# ones had learned.
 BENCHMARK = FACTWORLD.model_copy(
     update={
         "rank": 256,

@@ -373,8 +373,9 @@ def test_its_neighbours_padding_stays_finite_too() -> None:
 
 @pytest.mark.parametrize("parameter", ["basis", "gate_bias"])
 @pytest.mark.parametrize("last", [True, False])
-def test_a_sequential_edit_that_learns_what_is_no_number_is_an_error(
-    parameter: str, last: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_an_edit_that_learns_what_is_no_number_is_an_error(
+    mode: Any, parameter: str, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update, steps = ParameterSets.update, 0
 
@@ -386,10 +387,10 @@ def test_a_sequential_edit_that_learns_what_is_no_number_is_an_error(
             return distances.fill_(math.nan) if parameter == "basis" else distances
         return distances
 
-    editor = editor_with(None, **SHORT)
+    editor = editor_with(None, **SHORT, batch_passes=SHORT["max_steps"])
     monkeypatch.setattr(ParameterSets, "update", spoil)
     with pytest.raises(DivergedError, match="the edit loss became nan"):
-        editor.edit(REQUESTS[:1])
+        editor.edit(REQUESTS[:1], mode)
     assert editor.edits == []
 
 

@@ -106,7 +106,7 @@ def test_of_many_looks_back_some_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [("BaFT", "with BaFT, blocks 0, 2, rank 4"), ("LoRA", "with LoRA, blocks 0, 2"), (None, "with BaFT, blocks")],
+    [("BaFT", "with BaFT, rank 4, blocks 0, 2"), ("LoRA", "with LoRA, blocks 0, 2"), (None, "with BaFT, rank 4")],
 )
 def test_a_runs_picture_names_its_method(method: str | None, words: str) -> None:
     made = results(10, method=method, config={"rank": 4, "gate_fn": "sigmoid", "layers": [0, 2]})

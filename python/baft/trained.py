@@ -118,7 +118,7 @@ class TrainedEditor(ABC):
         Raises:
             ValueError: for an unknown mode, a request longer than the model's context, or, with
                 ``positions="subject"``, a request without a subject in its prompt.
-            RuntimeError: if the loss of a batched or sequential edit is no finite number any more.
+            RuntimeError: if the loss of a batched or sequential edit is no finite number any more, or what it learned.
         """
         check_mode(mode)
         rows = [self._chunks(request) for request in requests]
@@ -143,6 +143,7 @@ class TrainedEditor(ABC):
         if mode == "batch":
             with frozen_for_editing(self.model):
                 curve = edit_batch(trainer, latest(requests, rows), past, on_step)
+            self._check_finite(curve)
             for request, chunks in zip(requests, rows, strict=True):
                 keep(request, chunks)
             for request in requests:
@@ -151,8 +152,7 @@ class TrainedEditor(ABC):
         for request, chunks in zip(requests, rows, strict=True):
             with frozen_for_editing(self.model):
                 curve = edit_next(trainer, chunks, past, on_step)
-            if not all(bool(parameter.isfinite().all()) for parameter in self._own().values()):
-                raise DivergedError(math.nan, curve.steps)  # by its last step, whose loss was finite
+            self._check_finite(curve)
             keep(request, chunks)
             self._tend(trainer, past, on_step)
             finish(request, curve)
@@ -224,6 +224,11 @@ class TrainedEditor(ABC):
         if every and len(self.edits) % every == 0:
             with frozen_for_editing(self.model):
                 consolidate(trainer, past, on_step)
+
+    def _check_finite(self, curve: Curve) -> None:
+        """An edit whose last loss was finite may have learned in that step what isn't."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self._own().values()):
+            raise DivergedError(math.nan, curve.steps)
 
     def _chunks(self, request: EditRequest) -> Chunks:
         return in_chunks(self._encode(request), self.config.chunk_tokens)

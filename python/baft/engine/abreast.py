@@ -62,8 +62,9 @@ class EditsAbreast:
     is drawn the same rehearsed and unrelated texts, and takes the same steps, as if it were the only one: results are
     equal within rounding, and bit for bit with one slot.
 
-    Long requests go first, so that what memory is planned with is the most that is needed. Where it runs out all the
-    same, the requests being trained go back to wait, and half as many are trained at a time.
+    Long requests go first, so that what memory is planned with is the most that is needed, but for targets in chunks,
+    of which later steps have more. Where it runs out all the same, the requests being trained go back to wait, and half
+    as many are trained at a time.
 
     Steps with a request in every slot are captured in graphs, if any are, as soon as it is planned how many slots there
     are and a shape comes for the second time. The last steps, with fewer and fewer, would each be a shape of its own.
@@ -191,15 +192,16 @@ class EditsAbreast:
         slot.progress.curve.seconds = time.perf_counter() - slot.start
         self._slots[number] = None
         own = self._step.sets.state(number)
-        if not all(bool(value.isfinite().all()) for value in own.values()):
-            # The last loss was finite, but the step that it belongs to made parameters that aren't.
-            slot.progress.curve.converged, slot.progress.curve.diverged = False, True
         state = {**self._origin, **own, "generator": slot.generator.get_state()}
         if self._trainer.config.balance_weight > 0:
             for layer, usage in self._step.usage_of(self._requests[slot.request][-1:], number).items():
                 state[f"usage.{layer}"] = state[f"usage.{layer}"] + usage
         # Beside the model there would soon be no room for thousands.
-        return Finished(slot.request, slot.progress.curve, {name: value.cpu() for name, value in state.items()})
+        state = {name: value.cpu() for name, value in state.items()}
+        if not all(bool(state[name].isfinite().all()) for name in own):
+            # The last loss was finite, but the step that it belongs to made parameters that aren't.
+            slot.progress.curve.converged, slot.progress.curve.diverged = False, True
+        return Finished(slot.request, slot.progress.curve, state)
 
     # -- how many --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from baft.editing import Editor
-from baft.evaluation.likelihood import exp, finite, negative_log_likelihoods
+from baft.evaluation.likelihood import finite, negative_log_likelihoods, perplexity_of
 from baft.requests import EditRequest
 
 __all__ = ["fluency", "ngram_entropy"]
@@ -46,4 +46,4 @@ def fluency(
         rows = [editor.encoder.pair(prompt, text, append_eos=False) for prompt, text in written]
         nlls = [nll / tokens for nll, tokens in negative_log_likelihoods(editor, rows, batch_size)]
     entropy = fmean(ngram_entropy(prompt + text) for prompt, text in zip(prompts, texts, strict=True))
-    return {"ngram_entropy": entropy, "perplexity": finite(exp(fmean(nlls))) if nlls else None}
+    return {"ngram_entropy": entropy, "perplexity": finite(perplexity_of(fmean(nlls))) if nlls else None}

@@ -13,10 +13,7 @@ from baft.engine.encoding import IGNORED, Encoded, most_tokens
 from baft.engine.modes import evaluating
 from baft.placement import device_of
 
-__all__ = ["exp", "finite", "negative_log_likelihoods", "perplexity"]
-
-# A mean whose exp is a finite number.
-_MOST = 700.0
+__all__ = ["finite", "negative_log_likelihoods", "perplexity", "perplexity_of"]
 
 
 def perplexity(editor: Editor, texts: Sequence[str], *, batch_size: int = 64) -> float:
@@ -32,12 +29,15 @@ def perplexity(editor: Editor, texts: Sequence[str], *, batch_size: int = 64) ->
     total, tokens = 0.0, 0
     for nll, count in negative_log_likelihoods(editor, rows, batch_size):
         total, tokens = total + nll, tokens + count
-    return exp(total / tokens) if tokens else math.nan
+    return perplexity_of(total / tokens) if tokens else math.nan
 
 
-def exp(mean: float) -> float:
-    """e to the power of ``mean``, infinity where that is too much for a number."""
-    return math.exp(mean) if mean < _MOST else mean * math.inf  # NaN stays NaN
+def perplexity_of(nll: float) -> float:
+    """exp of a mean negative log-likelihood; infinity where that is too much for a number."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def finite(value: float) -> float | None:

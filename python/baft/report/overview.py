@@ -29,10 +29,10 @@ def draw_run(results: dict[str, Any], path: Path) -> None:
 def _title(results: dict[str, Any]) -> str:
     config = results["config"]
     method = results.get("method", "BaFT")
-    how = f"with {method}, blocks {', '.join(map(str, config['layers']))}" if config.get("layers") else f"with {method}"
-    if method in ("BaFT", "LoReFT"):
-        how += f", rank {config['rank']}"
-    return f"{results['edits']} {results['protocol']['mode']} edits of {results.get('dataset', 'a data set')} {how}"
+    rank = f", rank {config['rank']}" if method in ("BaFT", "LoReFT") else ""
+    blocks = f", blocks {', '.join(map(str, config['layers']))}" if config["layers"] else ""
+    what = f"{results['edits']} {results['protocol']['mode']} edits of {results.get('dataset', 'a data set')}"
+    return f"{what} with {method}{rank}{blocks}"
 
 
 def _draw_measures(axes: Axes, metrics: dict[str, Any]) -> None:

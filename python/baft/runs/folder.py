@@ -170,4 +170,5 @@ class RunFolder:
         """Take back that the run is done: what its end wrote is no longer so."""
         for path in (self.results, self.edits, self.page, self.picture):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.adapter, ignore_errors=True)
+        if self.adapter.exists():
+            shutil.rmtree(self.adapter)
