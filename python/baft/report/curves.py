@@ -118,10 +118,10 @@ def memory(results: Results) -> Picture:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("MiB")
     figure.legend(loc="outside upper left", ncols=2)
-    return Picture(name, title, f"Memory in use at most, up to each moment: {'; '.join(said)}.", figure)
+    return Picture(name, title, f"Memory in use: {'; '.join(said)}.", figure)
 
 
-_WHERE = {"process": "process", "gpu": "GPU", "remembered": "the engine's memory of texts"}
+_WHERE = {"process": "process, at most", "gpu": "GPU, at most", "remembered": "the engine's memory of texts"}
 _MEMORIES = (
     ("process", INK, "o"),
     ("gpu", MEASURE_COLOURS["generality"], "s"),
