@@ -197,6 +197,19 @@ def test_a_data_set_that_changed_is_refused(
     assert done.returncode == 2 and "requests.sha256" in done.stderr
 
 
+def test_a_request_that_cannot_be_edited_is_refused_before_anything_is(
+    testbed: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """And not when its turn comes, some day."""
+    records = json.loads(dataset.read_text())[:3]
+    records[2]["prompt"] *= 100
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    arguments = ("--model", testbed, "--dataset", tmp_path / "long.json", "--mode", "sequential")
+    done = baft("run", *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "tokens with its target" in done.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, _ = sequential_run
     run = Path(shutil.copytree(out, tmp_path / "run"))

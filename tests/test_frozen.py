@@ -7,16 +7,19 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from tiny import FAMILIES, REQUESTS, UNRELATED, WIDTH, attach, tiny_editor, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, REQUESTS, UNRELATED, WIDTH, attach, poison, tiny_editor, tiny_model, tiny_tokenizer
 from tiny import one_thread as one_thread
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from baft.engine import frozen
+from baft.engine.continuations import Continuations
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.grid import Grid
 from baft.engine.options import EngineOptions
 from baft.engine.passes import Passes
 from baft.engine.replay import Replay
+from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
 
 ENCODER = Encoder(tiny_tokenizer(), append_eos=True)
@@ -35,7 +38,9 @@ class Memory:
     def __init__(self, model: PreTrainedModel | None = None, *, memory: int = 1 << 30) -> None:
         self.model = model or tiny_model()
         self.attachment = attach(self.model, layers=(1, 2))
-        self.passes = Passes(self.model, self.attachment, ENCODER, POOL, EngineOptions(memory=memory))
+        self.surroundings = Surroundings(Continuations(self.model, self.attachment.disabled, ENCODER), ENCODER, 6)
+        options = EngineOptions(memory=memory)
+        self.passes = Passes(self.model, self.attachment, ENCODER, POOL, self.surroundings, options)
         self.states = self.passes._frozen
 
     def of(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
@@ -375,3 +380,63 @@ def test_edits_come_out_alike_with_little_memory() -> None:
 
     for little, plenty in zip(losses(1), losses(1 << 30), strict=True):
         assert little == pytest.approx(plenty, rel=1e-3)
+
+
+# -- texts that the unedited model wrote of a subject --
+
+
+def test_texts_about_a_subject_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, later = Memory(), Memory()
+    texts = memory.surroundings.all_about("Ada Lund")
+    assert len(texts) > 2
+    with watched(monkeypatch) as computed:
+        expected = [memory.of([text])[0] for text in texts]
+    assert computed == [tokens(*texts)]
+    for k in reversed(range(len(texts))):
+        assert_same(later.of([texts[k], EDITS[1]])[:1], expected[k : k + 1])
+
+
+def test_the_same_tokens_about_two_subjects_are_two_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another company they may round otherwise, and which was first must not matter."""
+    memory = Memory()
+    both = [Encoded(EDITS[0].ids, len(EDITS[0].ids), (0, 0), about=subject) for subject in ("Ada", "Ada Lund")]
+    beside = {"Ada": [both[0], EDITS[1]], "Ada Lund": [both[1], EDITS[2]]}
+    monkeypatch.setattr(memory.states, "_all_about", beside.__getitem__)
+    with watched(monkeypatch) as computed:
+        memory.of([EDITS[0], *both])
+    assert sorted(computed) == sorted([tokens(EDITS[0]), *(tokens(*group) for group in beside.values())])
+
+
+# -- together --
+
+
+def asked_together(memory: Memory, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
+    head_inputs = memory.states.head_input(texts, together=True).split([len(text.ids) for text in texts])
+    grid = memory.passes._lay_out(texts)
+    prefix = memory.states.prefix(texts, grid, together=True).flatten(0, 1)
+    prefixes = [prefix[grid.cells(k, 0, len(text.ids))] for k, text in enumerate(texts)]
+    return list(zip(prefixes, head_inputs, strict=True))
+
+
+def test_who_asks_for_texts_together_has_them_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    about = [text for subject in ("Ada Lund", "Norland") for text in memory.surroundings.all_about(subject)]
+    texts = [*EDITS, *about, *COMPANY[:1]]
+    expected = Memory().of(texts)
+    with watched(monkeypatch) as computed:
+        found = asked_together(memory, texts)
+    assert computed == [tokens(*about, *COMPANY), tokens(*EDITS)]
+    for one, other in zip(found, expected, strict=True):
+        for vectors, wanted in zip(one, other, strict=True):
+            torch.testing.assert_close(vectors, wanted, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(frozen, "_TOGETHER", 2)
+    with watched(monkeypatch) as computed:
+        Memory().states.prefix(EDITS, memory.passes._lay_out(EDITS), together=True)
+    assert computed == [tokens(*EDITS[:2]), tokens(EDITS[2])]
+
+
+def test_what_is_no_number_stays_with_its_text() -> None:
+    model = tiny_model()
+    bad = ENCODER.pair(f"Ada {poison(model)} is", "Ebor", "Ada")
+    found = asked_together(Memory(model), [EDITS[0], bad, *EDITS[1:]])
+    assert [all(bool(v.isfinite().all()) for v in vectors) for vectors in found] == [True, False, True, True]

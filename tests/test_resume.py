@@ -25,6 +25,7 @@ from small_runs import ASKED, PLAN, Listener, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 from torch import Tensor
 
+from baft.engine.continuations import Continuations
 from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import DivergedError, Learner
@@ -83,6 +84,21 @@ def test_retellings_are_drawn_alike_again(
         run_in(tmp_path / "broken", plan=plan, listener=break_off_after(6), **changes)
     run_in(tmp_path / "broken", plan=plan, **changes)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+def test_what_the_model_writes_of_subjects_is_in_the_journal(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on doesn't have it written anew: it would take long, and might come out otherwise."""
+    with pytest.raises(Broken):
+        run_in(tmp_path / "broken", listener=break_off_after(6))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("written anew")
+
+    monkeypatch.setattr(Continuations, "_written", refuse)
+    run_in(tmp_path / "broken")
+    assert outcome(tmp_path / "broken") == outcome(whole)
 
 
 def test_a_report_of_a_run_that_goes_on_has_what_there_is(tmp_path: Path) -> None:

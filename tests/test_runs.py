@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 from small_runs import ASKED, Listener, run_in
 from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
+from baft.engine.continuations import Asked, Continuations
+from baft.engine.encoding import Tokens
+from baft.runs import sequential as sequential_run
 from baft.runs.checkpoints import Checkpoints, kept
 from baft.runs.conflicts import conflicts, superseded
 from baft.runs.identity import differences, hash_of_model
@@ -86,6 +89,22 @@ def test_other_modes_go_on_too(mode: Any, tmp_path: Path) -> None:
     resumed = run_in(broken, mode=mode, batch_passes=2).results
     assert resumed["metrics"] == whole["metrics"] and resumed["edits"] == len(ASKED)
     assert len(resumed["sessions"]) == 2
+
+
+def test_texts_about_the_next_subjects_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    written = Continuations._written
+
+    def count(self: Continuations, missing: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
+        asked.append(len(missing))
+        return written(self, missing)
+
+    monkeypatch.setattr(Continuations, "_written", count)
+    monkeypatch.setattr(sequential_run, "_ASKED_AHEAD", 4)
+    run_in(tmp_path, max_steps=1, settling_rounds=0)
+    subjects = [request.subject for request in ASKED]
+    news = [len(set(subjects[k : k + 4]) - set(subjects[:k])) for k in range(0, len(ASKED), 4)]
+    assert asked == [new + len(subjects[k : k + 4]) for new, k in zip(news, range(0, len(ASKED), 4), strict=True)]
 
 
 # -- requests for the same thing --

@@ -10,6 +10,7 @@ import torch
 from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
 from tokenizers import normalizers
 
+from baft.engine.continuations import Continuations
 from baft.engine.encoding import Encoded, Encoder, Words, in_chunks
 from baft.engine.surroundings import Surroundings, _goes_on
 from baft.engine.unrelated import UnrelatedPool
@@ -19,7 +20,7 @@ ROWS = [ENCODER.pair(request.prompt, request.target, request.subject) for reques
 
 
 def surroundings(count: int = 6) -> Surroundings:
-    return Surroundings(tiny_model(), nullcontext, ENCODER, count)
+    return Surroundings(Continuations(tiny_model(), nullcontext, ENCODER), ENCODER, count)
 
 
 def text_of(row: Encoded) -> str:
@@ -130,7 +131,7 @@ def test_what_is_being_edited_is_no_longer_to_stay(monkeypatch: pytest.MonkeyPat
 
 def test_a_target_follows_with_a_space_or_without_as_it_does_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     templated = Encoder(tiny_tokenizer(), append_eos=True, template="The {prompt} ")
-    made = Surroundings(tiny_model(), nullcontext, templated, 6)
+    made = Surroundings(Continuations(tiny_model(), nullcontext, templated), templated, 6)
     monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
     texts = ("Bob Stone", "Bob Stone and Norland")
     monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt(f"The {text}").ids for text in texts])
@@ -142,7 +143,7 @@ def test_a_target_follows_with_a_space_or_without_as_it_does_the_prompt(monkeypa
 def test_with_a_template_in_it_a_retelling_is_not_known_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoded once more, it would have the template twice."""
     templated = Encoder(tiny_tokenizer(), append_eos=True, template="The {prompt}")
-    made = Surroundings(tiny_model(), nullcontext, templated, 6)
+    made = Surroundings(Continuations(tiny_model(), nullcontext, templated), templated, 6)
     monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
     monkeypatch.setattr(made, "_branches", lambda subject: [ENCODER.prompt("The Bob Stone and Norland").ids])
     (told,) = made.retold(templated.pair("Bob Stone", "Arvik", "Bob Stone"))
@@ -155,7 +156,7 @@ def test_a_retelling_behind_a_text_has_its_subject_whatever_the_tokenizer_makes_
     lower = copy.deepcopy(tiny_tokenizer())
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     encoder = Encoder(lower, append_eos=True)
-    made = Surroundings(tiny_model(), nullcontext, encoder, 6)
+    made = Surroundings(Continuations(tiny_model(), nullcontext, encoder), encoder, 6)
     monkeypatch.setattr(made, "_answer", lambda prompt: "norland")
     monkeypatch.setattr(made, "_branches", lambda subject: [encoder.prompt("Bob Stone was born in Norland").ids])
     (told,) = made.retold(encoder.pair("In France, Bob Stone", "Arvik", "Bob Stone"))
@@ -178,7 +179,7 @@ def test_no_text_ends_before_it_begins() -> None:
     with torch.no_grad():
         model.lm_head.weight[eos] = model.model(start).last_hidden_state[0, -1]
         assert model(start).logits[0, -1].argmax() == eos
-    texts = Surroundings(model, nullcontext, ENCODER, 6).of(ROWS[1])
+    texts = Surroundings(Continuations(model, nullcontext, ENCODER), ENCODER, 6).of(ROWS[1])
     assert texts and not any(eos in text.ids for text in texts)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.config import BaftConfig
+from baft.engine.continuations import KeptContinuations
 from baft.engine.encoding import Encoder
 from baft.engine.schedule import Curve, OnStep
 from baft.requests import EditRequest
@@ -20,6 +21,7 @@ __all__ = [
     "EditOutcome",
     "Editor",
     "Gated",
+    "LooksAhead",
     "Mode",
     "OnEdit",
     "OnRound",
@@ -138,6 +140,20 @@ class Gated(Protocol):
 
     def gate_usage(self, requests: Sequence[EditRequest]) -> dict[int, Tensor]:
         """By block the share that each basis has in all that the gates let through on ``requests``, [r]."""
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """An editor that gains by knowing what it will be asked for."""
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Raise what editing each of ``requests`` would: ValueError for one that can't be edited."""
+
+    def look_ahead(self, requests: Sequence[EditRequest]) -> None:
+        """Ask the unedited model, together, all that editing each of ``requests`` will ask of it."""
+
+    def keep_written_in(self, kept: KeptContinuations) -> None:
+        """Keep what it wrote in ``kept``, and ask for nothing that is there."""
 
 
 @runtime_checkable

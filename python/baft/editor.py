@@ -158,8 +158,9 @@ class BaftEditor(TrainedEditor):
 
     def _make_trainer(self) -> Trainer:
         pool = self._unrelated_texts()
-        passes = Passes(self.model, self.attachment, self.encoder, pool, self._options)
-        return Trainer(passes, self.config, pool, self._surroundings())
+        surroundings = self._surroundings()
+        passes = Passes(self.model, self.attachment, self.encoder, pool, surroundings, self._options)
+        return Trainer(passes, self.config, pool, surroundings)
 
     def bank(self, states: Sequence[Mapping[str, Tensor]]) -> AdapterBank:
         """Edited models side by side: ``generate(prompts, adapters=bank, adapter_ids=...)`` asks each prompt of one.

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
+from baft.engine.continuations import Continuations, KeptContinuations
 from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import DivergedError, Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
-from baft.engine.surroundings import Surroundings
+from baft.engine.surroundings import WRITTEN_AHEAD, Surroundings
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import device_of, keep_differentiable
 from baft.requests import EditRequest
@@ -66,6 +67,7 @@ class TrainedEditor(ABC):
         self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
         self._history = History(self._chunks)
         self._unrelated = unrelated
+        self._continuations = Continuations(model, self.disabled, self.encoder)
         self._trainer: Learner | None = None
 
     @property
@@ -141,6 +143,7 @@ class TrainedEditor(ABC):
                 on_edit(outcomes[-1])
 
         if mode == "batch":
+            trainer.surroundings.write_ahead([chunks[0] for chunks in rows])
             with frozen_for_editing(self.model):
                 curve = edit_batch(trainer, latest(requests, rows), past, on_step)
             self._check_finite(curve)
@@ -149,7 +152,10 @@ class TrainedEditor(ABC):
             for request in requests:
                 finish(request, curve)
             return outcomes
-        for request, chunks in zip(requests, rows, strict=True):
+        for number, (request, chunks) in enumerate(zip(requests, rows, strict=True)):
+            if number % WRITTEN_AHEAD == 0 and len(rows) > 1:
+                following = rows[number : number + WRITTEN_AHEAD]
+                trainer.surroundings.write_ahead([chunks[0] for chunks in following])
             with frozen_for_editing(self.model):
                 curve = edit_next(trainer, chunks, past, on_step)
             self._check_finite(curve)
@@ -207,6 +213,30 @@ class TrainedEditor(ABC):
                 break
         return curves
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Make sure that each of ``requests`` can be edited.
+
+        Raises:
+            ValueError: as ``edit``.
+        """
+        for request in requests:
+            self._encode(request)
+
+    def look_ahead(self, requests: Sequence[EditRequest]) -> None:
+        """Have the unedited model write together what editing each of ``requests`` will ask of it, and do no more.
+
+        Who edits one request at a call, and knows which come next, saves time by it.
+
+        Raises:
+            ValueError: as ``edit``.
+        """
+        if requests:
+            self._begin().surroundings.write_ahead([self._encode(request) for request in requests])
+
+    def keep_written_in(self, kept: KeptContinuations) -> None:
+        """Keep what the unedited model writes in ``kept``, and take it from there; by default it is remembered."""
+        self._continuations.kept = kept
+
     @abstractmethod
     def _begin(self) -> Learner:
         """Make ready for the first edit."""
@@ -253,7 +283,7 @@ class TrainedEditor(ABC):
     def _surroundings(self) -> Surroundings:
         wanted = self.config.locality_weight > 0 or self.config.retellings > 0
         count = self.config.subject_texts if wanted else 0
-        return Surroundings(self.model, self.disabled, self.encoder, count)
+        return Surroundings(self._continuations, self.encoder, count)
 
     def _write_unrelated(self) -> list[str]:
         """Texts that the unedited model writes from nothing: what it knows, in its own words."""

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from baft.engine.memory import ran_out, slots_that_fit
 from baft.engine.schedule import Curve, OnStep, Progress
 from baft.engine.sets import ParameterSets
 from baft.engine.step import Lesson, TrainingStep
+from baft.engine.surroundings import WRITTEN_AHEAD
 from baft.engine.trainer import Abreast, Trainer
 from baft.placement import device_of
 from baft_kernels import GroupedBaftIntervention
@@ -94,6 +96,7 @@ class EditsAbreast:
         self._slots: list[_Slot | None] = []
         self._step: TrainingStep | None = None
         self._graphs: Graphs | None = None
+        self._written = 0  # of those that wait, the first have their texts
         self._lesson_bytes: int | None = None
         self.slots = min(slots or self._first_plan(), len(requests))
 
@@ -163,6 +166,7 @@ class EditsAbreast:
             self._trainer.abreast = Abreast(self.slots, self._lesson_bytes, self._graphs.report())
         running = [slot.request for slot in self._slots if slot]
         self._waiting.extendleft(sorted(running, key=self._length))
+        self._written = 0
         self._slots, self._step, self._graphs = [], None, None
 
     def _fill(self) -> None:
@@ -172,9 +176,18 @@ class EditsAbreast:
                 generator = torch.Generator()
                 generator.set_state(self._origin["generator"])
                 self._step.sets.load(self._origin, number)
+                self._write_ahead()
                 request = self._waiting.popleft()
                 progress = Progress(self._requests[request], self._trainer.config)
                 self._slots[number] = _Slot(request, generator, progress)
+
+    def _write_ahead(self) -> None:
+        """Have texts about the subjects of those that come next; with one slot each has its own written by itself."""
+        if self._written == 0 and self.slots > 1:
+            following = list(islice(self._waiting, WRITTEN_AHEAD))
+            self._trainer.surroundings.write_ahead([self._requests[request][0] for request in following])
+            self._written = len(following)
+        self._written = max(0, self._written - 1)
 
     def _length(self, request: int) -> int:
         return len(self._requests[request][-1].ids)

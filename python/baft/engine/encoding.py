@@ -12,7 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Words", "in_chunks", "most_tokens"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Tokens", "Words", "in_chunks", "most_tokens"]
+
+Tokens = tuple[int, ...]
+"""Token ids."""
 
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
@@ -42,13 +45,15 @@ class Encoded:
         subject: the subject's columns, first and last + 1; None if unknown. A subject "" is known not to be there: no
             columns.
         given: how many tokens behind the prompt are given as the prompt is, and not learned.
+        about: the subject that the unedited model wrote it of; None if it wasn't written so.
         words: what it was encoded from, where that was a prompt and its whole target; two are equal by their tokens.
     """
 
-    ids: tuple[int, ...]
+    ids: Tokens
     prompt_length: int
     subject: tuple[int, int] | None = None
     given: int = 0
+    about: str | None = None
     words: Words | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -61,7 +66,7 @@ class Encoded:
         return self if limit is None or len(self.ids) <= limit else Encoded(self.ids[:limit], limit, self.subject)
 
     @property
-    def asked(self) -> tuple[int, ...]:
+    def asked(self) -> Tokens:
         """The tokens that the learned ones follow."""
         return self.ids[: self.answer_start]
 

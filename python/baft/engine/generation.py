@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from baft.attach import Attachment
 from baft.bank import AdapterBank
-from baft.engine.encoding import Encoded, Encoder
+from baft.engine.encoding import Encoder
 from baft.engine.modes import evaluating
 from baft.placement import device_of
 
-__all__ = ["OnBatch", "force_answers", "generate_texts"]
+__all__ = ["OnBatch", "batches_by_length", "force_answers", "generate_texts"]
 
 OnBatch = Callable[[int, int], None]
 """Called with (prompts in the batch that is done, prompts in all)."""
@@ -54,7 +54,7 @@ def generate_texts(
     rows = [encoder.prompt(prompt, subject) for prompt, subject in zip(prompts, subjects, strict=True)]
     texts = [""] * len(rows)
     edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
-    for chosen in _batches_by_length(rows, batch_size):
+    for chosen in batches_by_length([len(row.ids) for row in rows], batch_size):
         batch = encoder.batch([rows[index] for index in chosen], device_of(model), side="left")
         with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
@@ -95,7 +95,7 @@ def force_answers(
     ]
     forced: list[tuple[list[int], list[int]]] = [([], [])] * len(rows)
     edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
-    for chosen in _batches_by_length(rows, batch_size):
+    for chosen in batches_by_length([len(row.ids) for row in rows], batch_size):
         batch = encoder.batch([rows[index] for index in chosen], device_of(model))
         with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
             logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -106,9 +106,9 @@ def force_answers(
     return forced
 
 
-def _batches_by_length(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
-    """Indices of ``rows`` in batches of like length, which need little padding."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The indices of texts that are so long, in batches of like length, which need little padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 

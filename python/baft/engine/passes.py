@@ -21,6 +21,7 @@ from baft.engine.grid import Grid, lay_out
 from baft.engine.modes import evaluating
 from baft.engine.options import EngineOptions
 from baft.engine.replay import Replay
+from baft.engine.surroundings import Surroundings
 from baft.engine.transfer import sent
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import device_of
@@ -93,6 +94,7 @@ class Passes:
         attachment: the interventions on it.
         encoder: knows the padding.
         unrelated: texts that come again and again.
+        surroundings: others, that come with what was written together with them.
         options: what is saved.
     """
 
@@ -102,6 +104,7 @@ class Passes:
         attachment: Attachment,
         encoder: Encoder,
         unrelated: UnrelatedPool,
+        surroundings: Surroundings,
         options: EngineOptions,
     ) -> None:
         self.model = model
@@ -112,7 +115,12 @@ class Passes:
         self._side_by_side = options.side_by_side and self._keeps_texts_apart()
         self._tokens = self._cells = 0
         self._frozen = FrozenStates(
-            self._replay, attachment, self._lay_out, unrelated.in_chunks(_COMPANY), options.memory
+            self._replay,
+            attachment,
+            self._lay_out,
+            unrelated.in_chunks(_COMPANY),
+            surroundings.all_about,
+            options.memory,
         )
 
     def refresh(self) -> bool:
@@ -150,8 +158,12 @@ class Passes:
         unrelated_cells = sent_cells(_all_cells(grid, unrelated, len(edits)))
         replayed = self.options.replay
         predictions = predictions and bool(unrelated)
+        # Edits that share passes have given up on being the same bits whatever else is edited.
+        together = len({*sets}) > 1
         # First: of what is computed for its prefix alone, the head's input isn't known.
-        head_input = self._frozen.head_input(unrelated, len(unrelated_cells)) if replayed and predictions else None
+        head_input = None
+        if replayed and predictions:
+            head_input = self._frozen.head_input(unrelated, len(unrelated_cells), together=together)
         return PassInputs(
             grid=grid,
             answer_cells=sent_cells(
@@ -159,7 +171,7 @@ class Passes:
             ),
             edit_cells=sent_cells(_all_cells(grid, edits, 0)),
             unrelated_cells=unrelated_cells,
-            prefix=self._frozen.prefix(texts, grid) if replayed else None,
+            prefix=self._frozen.prefix(texts, grid, together=together) if replayed else None,
             head_input=head_input,
             unedited=None if replayed or not predictions else self._predictions(unrelated, len(unrelated_cells)),
         )

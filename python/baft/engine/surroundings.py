@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-from transformers import PreTrainedModel
+from baft.engine.continuations import Asked, Continuations
+from baft.engine.encoding import Encoded, Encoder, Tokens, Words
 
-from baft.engine.encoding import Encoded, Encoder, Words
-from baft.engine.modes import evaluating
-from baft.placement import device_of
+__all__ = ["WRITTEN_AHEAD", "Surroundings"]
 
-__all__ = ["Surroundings"]
+WRITTEN_AHEAD = 64
+"""Requests that texts are written for together, where more are known than the next."""
 
-# Tokens that are written of a subject; and how much of each kind is remembered, so that no step waits for texts.
-_LENGTH = 12
-_REMEMBERED = 1 << 17
+# How much of each kind is remembered as words, so that no step waits for a tokenizer.
+_REMEMBERED = 1 << 15
 
 # Where an answer ends; the marks of Chinese and Japanese too.
 _END = re.compile("[.,;:!?\n\u3002\uff0c\uff1b\uff1a\uff01\uff1f]")
@@ -31,40 +28,31 @@ class Surroundings:
     A text begins with the subject, goes on with one of the model's likeliest next tokens, another for each text, and
     then greedily. One that has the model's own answer to an edit's prompt in it tells of a fact that is edited, this
     one or another of the same subject, and can't stay as it is. Up to that answer it is the model's own rephrasing of
-    the edit's prompt, which the target should follow too. Nothing is drawn, and a subject's texts are computed in no
-    other company: they are the same bits each time, whatever was written before.
+    the edit's prompt, which the target should follow too.
 
     Args:
-        model: writes them.
-        disabled: switches what edits it off.
+        continuations: the model's.
         encoder: knows the tokens.
         count: texts of each subject, at most.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        disabled: Callable[[], AbstractContextManager[None]],
-        encoder: Encoder,
-        count: int,
-    ) -> None:
-        self._model = model
-        self._disabled = disabled
+    def __init__(self, continuations: Continuations, encoder: Encoder, count: int) -> None:
+        self._continuations = continuations
         self._encoder = encoder
         self._count = count
-        self._branches = lru_cache(_REMEMBERED)(self._write)
+        self._branches = lru_cache(_REMEMBERED)(self._written_of)
         self._answer = lru_cache(_REMEMBERED)(self._answer_to)
         self._column = lru_cache(_REMEMBERED)(self._find_column)
         self._told = lru_cache(_REMEMBERED)(self._told_by)
         self._said = lru_cache(_REMEMBERED)(self._say)
         self._start = lru_cache(_REMEMBERED)(self._encode)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
-        self._asked: dict[str, set[tuple[int, ...]]] = {}
+        self._asked: dict[str, set[Tokens]] = {}
         self._known: Sequence[Encoded] = ()
         self._seen = 0
         self._last: Encoded | None = None
         # Those being made: subjects and prompts.
-        self._new: set[tuple[str, tuple[int, ...]]] = set()
+        self._new: set[tuple[str, Tokens]] = set()
 
     def know(self, edits: Sequence[Encoded], new: Sequence[Encoded] = ()) -> None:
         """Be told all edits that there are.
@@ -84,8 +72,15 @@ class Surroundings:
         self._last = edits[-1] if edits else None
         self._new = {(self._subject(row), row.ids[: row.prompt_length]) for row in new}
 
+    def write_ahead(self, rows: Sequence[Encoded]) -> None:
+        """Have the model write together what will be asked for of these requests."""
+        subjects = {row: self._subject(row) for row in rows} if self._count else {}
+        asked = [Asked(row.ids[: row.prompt_length]) for row, subject in subjects.items() if subject]
+        self._continuations.write([*asked, *(self._asked_of(subject) for subject in subjects.values() if subject)])
+
     def forget(self) -> None:
         """The model has changed: what it said is no longer what it says."""
+        self._continuations.forget()
         self._branches.cache_clear()
         self._answer.cache_clear()
 
@@ -97,7 +92,11 @@ class Surroundings:
         edited = {answer for prompt in self._prompts(subject, row) if (answer := self._answer(prompt))}
         texts = ((branch, self._told(branch, subject)) for branch in self._branches(subject))
         kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
-        return tuple(Encoded(branch, len(branch), (0, 0)) for branch in kept)
+        return tuple(_text_about(subject, branch) for branch in kept)
+
+    def all_about(self, subject: str) -> tuple[Encoded, ...]:
+        """All texts about a subject, whatever they tell of it."""
+        return tuple(_text_about(subject, branch) for branch in self._branches(subject))
 
     def retold(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts that tell of a request's fact and of no other edit, each with the target instead of the old answer.
@@ -123,27 +122,27 @@ class Surroundings:
                     found.append(Encoded(ids, column, span, words=self._words(branch[:column], row)))
         return tuple(found)
 
-    def _words(self, told: tuple[int, ...], row: Encoded) -> Words | None:
+    def _words(self, told: Tokens, row: Encoded) -> Words | None:
         """A retelling as a prompt and target in words; None if a template stands in it, which none would know."""
         if row.words is None or self._encoder.has_template:
             return None
         return self._said(told, row.words.target, self._subject(row))
 
-    def _say(self, told: tuple[int, ...], target: str, subject: str) -> Words | None:
+    def _say(self, told: Tokens, target: str, subject: str) -> Words | None:
         """The subject as the tokenizer writes it: it may know no capitals."""
         text = self._text(told)
         return Words(text, target, subject) if subject in text else None
 
-    def _prompts(self, subject: str, row: Encoded) -> set[tuple[int, ...]]:
+    def _prompts(self, subject: str, row: Encoded) -> set[Tokens]:
         """The prompts of all edits of a subject, ``row`` among them."""
         new = {prompt for about, prompt in self._new if about == subject}
         return {row.ids[: row.prompt_length], *new, *self._asked.get(subject, ())}
 
-    def _told_by(self, branch: tuple[int, ...], subject: str) -> str:
+    def _told_by(self, branch: Tokens, subject: str) -> str:
         """What a text says of its subject, without naming it, and without regard to case."""
         return self._text(branch).casefold()[len(self._text(self._start(subject).ids).casefold()) :]
 
-    def _find_column(self, branch: tuple[int, ...], subject: str, answer: str, spaced: bool) -> int | None:
+    def _find_column(self, branch: Tokens, subject: str, answer: str, spaced: bool) -> int | None:
         """Where an answer begins in a text, in words of its own, ``spaced`` from what is before or not; else None."""
         whole = self._told(branch, subject)
         if answer not in whole:
@@ -160,43 +159,26 @@ class Surroundings:
         """ "" if it has none."""
         return "" if row.subject is None else self._text(row.ids[slice(*row.subject)]).strip()
 
-    @torch.no_grad()
-    def _write(self, subject: str) -> list[tuple[int, ...]]:
-        start = torch.tensor([self._start(subject).ids], device=device_of(self._model))
-        with evaluating(self._model), self._disabled():
-            scores = self._model(input_ids=start).logits[0, -1]
-            if (eos := self._encoder.tokenizer.eos_token_id) is not None:
-                scores[eos] = -torch.inf
-            likeliest = scores.topk(self._count).indices
-            branches = self._continue(torch.cat((start.expand(self._count, -1), likeliest[:, None]), 1))
-        return [branch for branch in branches if len(branch) > start.shape[1] + 1]
+    def _asked_of(self, subject: str) -> Asked:
+        return Asked(self._start(subject).ids, self._count)
 
-    @torch.no_grad()
-    def _answer_to(self, prompt: tuple[int, ...]) -> str:
+    def _written_of(self, subject: str) -> list[Tokens]:
+        return self._continuations.of(self._asked_of(subject))
+
+    def _answer_to(self, prompt: Tokens) -> str:
         """What the unedited model answers to an edit's prompt."""
-        with evaluating(self._model), self._disabled():
-            (known,) = self._continue(torch.tensor([prompt], device=device_of(self._model)))
+        (known,) = self._continuations.of(Asked(prompt))
         return _END.split(self._text(known[len(prompt) :]).strip(), maxsplit=1)[0].strip().casefold()
-
-    def _continue(self, ids: torch.Tensor) -> list[tuple[int, ...]]:
-        """Greedily, and without what comes behind EOS."""
-        eos = self._encoder.tokenizer.eos_token_id
-        written = self._model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=_LENGTH,
-            pad_token_id=self._encoder.pad_id,
-        ).tolist()
-        start = ids.shape[1]
-        ends = [row.index(eos, start) if eos in row[start:] else len(row) for row in written]
-        return [tuple(row[:end]) for row, end in zip(written, ends, strict=True)]
 
     def _encode(self, subject: str) -> Encoded:
         return self._encoder.prompt(subject, subject)
 
-    def _text(self, ids: tuple[int, ...]) -> str:
+    def _text(self, ids: Tokens) -> str:
         return str(self._encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _text_about(subject: str, ids: Tokens) -> Encoded:
+    return Encoded(ids, len(ids), (0, 0), about=subject)
 
 
 def _goes_on(text: str) -> bool:

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from baft.distributed import World
+from baft.engine.continuations import Asked
+from baft.engine.encoding import Tokens
 from baft.engine.schedule import Curve
 from baft.evaluation.base_answers import Forced
 from baft.evaluation.probes import ProbeResult
@@ -39,6 +41,9 @@ CREATE TABLE IF NOT EXISTS measures (
 CREATE TABLE IF NOT EXISTS base_texts (prompt TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS base_forced (
     prompt TEXT NOT NULL, answer TEXT NOT NULL, forced TEXT NOT NULL, PRIMARY KEY (prompt, answer)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS continued (
+    prompt TEXT NOT NULL, branches INTEGER NOT NULL, texts TEXT NOT NULL, PRIMARY KEY (prompt, branches)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS retention (
     edits INTEGER NOT NULL, settled INTEGER NOT NULL, point TEXT NOT NULL, PRIMARY KEY (edits, settled)
@@ -336,6 +341,18 @@ class Journal:
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO base_texts VALUES (?, ?)", texts.items())
             connection.executemany("INSERT OR REPLACE INTO base_forced VALUES (?, ?, ?)", rows)
+
+    # -- what it writes, as ``KeptContinuations``, in tokens ----------------------------------------------------------
+
+    def continued(self, asked: Asked) -> list[Tokens] | None:
+        prompt = json.dumps(asked.prompt)
+        found = self._one("SELECT texts FROM continued WHERE prompt = ? AND branches = ?", prompt, asked.branches)
+        return None if found is None else [tuple(text) for text in json.loads(found)]
+
+    def add_continued(self, found: Mapping[Asked, Sequence[Tokens]]) -> None:
+        rows = [(json.dumps(asked.prompt), asked.branches, json.dumps(texts)) for asked, texts in found.items()]
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO continued VALUES (?, ?, ?)", rows)
 
     # -- what run it is --------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baft.distributed import ALONE, World
-from baft.editing import Editor, Mode
+from baft.editing import Editor, LooksAhead, Mode
 from baft.evaluation.measures import Evaluator
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
@@ -149,6 +149,8 @@ def open_context(
     journal = Journal.copy_of(folder.journal if folder else Journal(None), world)
     evaluator = evaluator or Evaluator(editor, world=world)
     evaluator.base = journal
+    if isinstance(editor, LooksAhead):
+        editor.keep_written_in(journal)
     return RunContext(
         editor=editor,
         requests=requests,

@@ -13,17 +13,18 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from baft.editing import Settling
+from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
+from baft.requests import EditRequest
 from baft.runs.context import RunContext, in_groups
 from baft.runs.records import EditRecord
 from baft.runs.retention import sample
 
 __all__ = ["SequentialRun"]
 
-# The unedited model answers the questions about so many requests at a time, ahead of their edits.
-_BASE_AHEAD = 64
+# The unedited model is asked about so many requests at a time, ahead of their edits.
+_ASKED_AHEAD = 64
 
 # So many requests in a row without a finite loss, and it isn't the requests.
 _DIVERGED_AT_MOST = 3
@@ -103,9 +104,9 @@ class SequentialRun:
         self._log_again(order[:done])
         self._began = time.perf_counter()
         for number in range(done, len(order)):
-            if number == done or number % _BASE_AHEAD == 0:
-                block = number - number % _BASE_AHEAD
-                context.evaluator.record_base(context.at(order[block : block + _BASE_AHEAD]))
+            if number == done or number % _ASKED_AHEAD == 0:
+                block = number - number % _ASKED_AHEAD
+                self._ask_ahead(context.at(order[block : block + _ASKED_AHEAD]))
             self._look_back(order, number)
             record = self._edit(order[number])
             context.journal.add(record)
@@ -119,6 +120,16 @@ class SequentialRun:
             self._settle(len(order))
         if up_to is None:
             self._look_back(order, len(order), last=True)
+
+    def _ask_ahead(self, requests: Sequence[EditRequest]) -> None:
+        """Have in the journal what the unedited model says: to what will be measured, and about the subjects.
+
+        The same requests always come together, wherever a run goes on, so that what they train on is the same text.
+        """
+        editor = self._context.editor
+        self._context.evaluator.record_base(requests)
+        if isinstance(editor, LooksAhead):
+            editor.look_ahead(requests)
 
     def _edit(self, position: int) -> EditRecord:
         context, request = self._context, self._context.requests[position]

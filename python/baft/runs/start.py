@@ -13,7 +13,7 @@ from baft.baselines.methods import METHODS, make_editor
 from baft.config import BaftConfig
 from baft.datasets.factworld import WORLDS
 from baft.distributed import ALONE, World
-from baft.editing import Editor, Mode
+from baft.editing import Editor, LooksAhead, Mode
 from baft.engine.options import EngineOptions
 from baft.requests import EditRequest
 from baft.runs.folder import RunFolder
@@ -84,7 +84,7 @@ def start(
     """Load what ``words`` name, and make ``folder``, in the process that has it, the run's, or make sure that it is.
 
     Raises:
-        ValueError: if something can't be loaded, or if ``folder`` is another run's.
+        ValueError: if something can't be loaded, if a request can't be edited, or if ``folder`` is another run's.
     """
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
@@ -102,6 +102,8 @@ def start(
     asked = METHODS[words.method].options is EngineOptions or said
     options = EngineOptions(slots=words.slots, memory=memory, world=world) if asked else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
+    if isinstance(editor, LooksAhead):
+        editor.check(assignment.requests)  # and not when their turn comes, some day
     identity = identify(
         method=editor.name,
         mode=words.mode,

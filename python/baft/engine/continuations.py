@@ -1,0 +1,167 @@
+"""What the unedited model writes behind a prompt: for many prompts at a time, and once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from baft.engine.encoding import Encoded, Encoder, Tokens, most_tokens
+from baft.engine.generation import batches_by_length
+from baft.engine.modes import evaluating
+from baft.placement import device_of
+
+__all__ = ["Asked", "Continuations", "KeptContinuations", "RememberedContinuations"]
+
+# Tokens that are written behind a prompt; texts that are written in one batch; prompts that are remembered.
+_LENGTH = 12
+_TOGETHER = 128
+_REMEMBERED = 1 << 17
+
+
+class Asked(NamedTuple):
+    """A prompt to continue.
+
+    Attributes:
+        prompt: its tokens.
+        branches: continue it so many times, each with another one of the likeliest next tokens, and then greedily; a
+            text that ends with that token is left out. 0 continues it once, greedily, perhaps with nothing.
+    """
+
+    prompt: Tokens
+    branches: int = 0
+
+
+class KeptContinuations(Protocol):
+    """Where continuations are kept; None is one that isn't there."""
+
+    def continued(self, asked: Asked) -> list[Tokens] | None:
+        """The prompt with what was written behind it, of each text."""
+
+    def add_continued(self, found: Mapping[Asked, Sequence[Tokens]]) -> None:
+        """Keep more of them."""
+
+
+class RememberedContinuations:
+    """``KeptContinuations`` in memory; of many the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._found: dict[Asked, list[Tokens]] = {}
+
+    def continued(self, asked: Asked) -> list[Tokens] | None:
+        return self._found.get(asked)
+
+    def add_continued(self, found: Mapping[Asked, Sequence[Tokens]]) -> None:
+        self._found.update({asked: list(texts) for asked, texts in found.items()})
+        for oldest in list(self._found)[: max(0, len(self._found) - _REMEMBERED)]:
+            del self._found[oldest]
+
+
+class Continuations:
+    """Continuations of the unedited model.
+
+    Nothing is drawn. Texts that are written together are those that each would be alone, but where two next tokens are
+    as likely as each other to the last bits.
+
+    Args:
+        model: writes.
+        disabled: switches what edits it off.
+        encoder: knows the tokens.
+
+    Attributes:
+        kept: where they are kept.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, disabled: Callable[[], AbstractContextManager[None]], encoder: Encoder
+    ) -> None:
+        self._model = model
+        self._disabled = disabled
+        self._encoder = encoder
+        self.kept: KeptContinuations = RememberedContinuations()
+
+    def of(self, asked: Asked) -> list[Tokens]:
+        """Each text, its prompt included; what isn't known is written, in no other company."""
+        found = self.kept.continued(asked)
+        if found is None:
+            found = self._written([asked])[asked]
+            self.kept.add_continued({asked: found})
+        return found
+
+    def write(self, asked: Iterable[Asked]) -> None:
+        """Write together what ``of`` will be asked for, as far as it isn't known."""
+        missing = [one for one in dict.fromkeys(asked) if self.kept.continued(one) is None]
+        if missing:
+            self.kept.add_continued(self._written(missing))
+
+    def forget(self) -> None:
+        """The model has changed: what it wrote is no longer what it writes."""
+        self.kept = RememberedContinuations()
+
+    @torch.no_grad()
+    def _written(self, asked: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
+        with evaluating(self._model), self._disabled():
+            branching = [one for one in asked if one.branches]
+            likeliest = dict(zip(branching, self._likeliest(branching), strict=True))
+            begun = [(one, (*one.prompt, *next_)) for one in asked for next_ in likeliest.get(one, [()])]
+            written = self._continued([text for _, text in begun])
+        found: dict[Asked, list[Tokens]] = {one: [] for one in asked}
+        for (one, start), text in zip(begun, written, strict=True):
+            if not one.branches or len(text) > len(start):
+                found[one].append(text)
+        return found
+
+    def _likeliest(self, asked: Sequence[Asked]) -> list[list[Tokens]]:
+        """Of each the likeliest next tokens, the likeliest first; the end is none."""
+        found: list[list[Tokens]] = [[] for _ in asked]
+        for chosen in batches_by_length([len(one.prompt) for one in asked], _TOGETHER):
+            scores = self._generate([asked[k].prompt for k in chosen], 1, output_logits=True).logits[0]
+            scores[:, sorted(self._ends())] = -torch.inf
+            for line, k in enumerate(chosen):
+                found[k] = [(token,) for token in scores[line].topk(asked[k].branches).indices.tolist()]
+        return found
+
+    def _continued(self, texts: Sequence[Tokens]) -> list[Tokens]:
+        """Greedily, as far as the model has positions, and without what comes behind an end."""
+        limit, ends = most_tokens(self._model), self._ends()
+        rooms = [_LENGTH if limit is None else min(_LENGTH, limit - len(text)) for text in texts]
+        found = list(texts)
+        for room in {room for room in rooms if room > 0}:
+            alike = [k for k, own in enumerate(rooms) if own == room]
+            for chosen in batches_by_length([len(texts[k]) for k in alike], _TOGETHER):
+                started = [texts[alike[c]] for c in chosen]
+                written = self._generate(started, room).sequences[:, max(map(len, started)) :].tolist()
+                for c, start, new in zip(chosen, started, written, strict=True):
+                    end = next((column for column, token in enumerate(new) if token in ends), len(new))
+                    found[alike[c]] = (*start, *new[:end])
+        return found
+
+    def _generate(self, texts: Sequence[Tokens], new_tokens: int, **options: bool) -> _Generated:
+        batch = self._encoder.batch([Encoded(text, len(text)) for text in texts], device_of(self._model), side="left")
+        generated: _Generated = self._model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
+            input_ids=batch.ids,
+            attention_mask=batch.attention_mask,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            pad_token_id=self._encoder.pad_id,
+            return_dict_in_generate=True,
+            **options,
+        )
+        return generated
+
+    def _ends(self) -> set[int]:
+        """The tokens that a text ends with."""
+        of_model = self._model.generation_config.eos_token_id if self._model.generation_config else None
+        ends = of_model if isinstance(of_model, list) else [of_model]
+        return {token for token in (self._encoder.tokenizer.eos_token_id, *ends) if token is not None}
+
+
+class _Generated(Protocol):
+    """What transformers' ``generate`` returns."""
+
+    sequences: Tensor
+    logits: tuple[Tensor, ...]
