@@ -24,6 +24,7 @@ __all__ = ["TASKS", "Subject", "Timed", "edit_ours", "edit_plainly", "now", "pla
 TASKS: dict[str, dict[str, Any]] = {
     "edit": {"locality_weight": 0.0, "rehearsal": 0, "subject_texts": 0},
     "edit + locality": {"subject_texts": 0},
+    "by default": {},
 }
 
 
@@ -72,6 +73,7 @@ def edit_ours(
     requests = subject.requests[:count]
     with removed(editor):
         next(editor.edit_each(requests[:1]))  # what is done once: texts encoded, gates calibrated
+        editor._begin().surroundings.forget()
         start = now(subject)
         outcomes = list(editor.edit_each(requests)) if mode == "single" else editor.edit(requests, mode)
         seconds, peak_bytes = now(subject) - start, memory.bytes()
@@ -91,11 +93,12 @@ def edit_ours(
 
 
 def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: int) -> Timed:
-    """The same, with texts drawn by our editor's own trainer: ``count`` edits, or of a batch so many ``rounds``."""
+    """The same: ``count`` edits, or of a batch so many ``rounds``."""
     memory, steps = PeakMemory(subject.model.device), 0
     with plain_editor(subject, task) as (plain, draw_for):
         plain.step(*draw_for([0])())  # what is done once, on a GPU: kernels loaded, libraries made ready
         plain.restart()
+        draw_for.forget()
         start = now(subject)
         if mode == "batch":
             size = plain.config.batch_size
@@ -112,35 +115,49 @@ def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: in
         return Timed(None if mode == "batch" else count, now(subject) - start, steps, memory.bytes())
 
 
-DrawFor = Callable[..., Callable[[], tuple[list[Text], list[Text]]]]
-"""What draws the texts of a step on some requests, after others, both by number: edits, and unrelated ones."""
+class Draws:
+    """Draws the texts of steps, by our editor's own trainer, as if one request after the other came to be known.
+
+    Texts about a subject are written when they are first asked for, with transformers' ``generate`` and so with a KV
+    cache: as one would write it first.
+    """
+
+    def __init__(self, subject: Subject, editor: BaftEditor) -> None:
+        self._requests = subject.requests
+        self._editor = editor
+        self._trainer = editor._begin()
+
+    def __call__(self, new: Sequence[int], past: Sequence[int] = ()) -> Callable[[], tuple[list[Text], list[Text]]]:
+        """What draws a step's texts on requests, after others, both by number: edits, and unrelated ones."""
+        taught, rehearsed = ([self._editor._encode(self._requests[k]) for k in numbers] for numbers in (new, past))
+        generator = torch.Generator().manual_seed(new[0])
+
+        def draw() -> tuple[list[Text], list[Text]]:
+            lesson = self._trainer.lesson(taught, rehearsed, generator=generator)
+            return [plain_text(t) for t in lesson.edits], [plain_text(t) for t in lesson.unrelated]
+
+        return draw
+
+    def forget(self) -> None:
+        """Forget what was written."""
+        self._trainer.surroundings.forget()
 
 
 @contextmanager
-def plain_editor(subject: Subject, task: str) -> Iterator[tuple[PlainEditor, DrawFor]]:
+def plain_editor(subject: Subject, task: str) -> Iterator[tuple[PlainEditor, Draws]]:
     """The plain one, that starts where ours does; and what draws its steps' texts."""
     ours = subject.editor(task, EngineOptions())
     with removed(ours):
-        trainer = ours._begin()
+        draws = Draws(subject, ours)
         starts = {
             layer: tuple(getattr(i, name).detach().clone() for name in ("basis", "gate", "gate_bias"))
             for layer, i in ours.attachment.interventions.items()
         }
     plain = PlainEditor(subject.model, ours.attachment.blocks.modules, starts, ours.config, ours.encoder.pad_id)
 
-    def draw_for(new: Sequence[int], past: Sequence[int] = ()) -> Callable[[], tuple[list[Text], list[Text]]]:
-        taught, rehearsed = ([ours._encode(subject.requests[k]) for k in numbers] for numbers in (new, past))
-        generator = torch.Generator().manual_seed(new[0])
-
-        def draw() -> tuple[list[Text], list[Text]]:
-            lesson = trainer.lesson(taught, rehearsed, generator=generator)
-            return [plain_text(t) for t in lesson.edits], [plain_text(t) for t in lesson.unrelated]
-
-        return draw
-
     try:
         with frozen_for_editing(subject.model):
-            yield plain, draw_for
+            yield plain, draws
     finally:
         plain.remove()
 

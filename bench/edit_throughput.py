@@ -5,12 +5,12 @@
     python bench/edit_throughput.py --model cf1200 --dataset "counterfact_3k.json[:1200]"  a testbed of `baft testbed`
     python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
 
-Two tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
-each step, whose predictions shall stay. What the model says of the subject is in neither, as a plain editor wouldn't
-ask. The last table has the operations of a step's matrix products, and how long these take alone. Variants take turns,
-and seconds are medians over rounds. "Plain" is bench/plain_editing.py; "times plain" compares steps, of a batch the
-plain one's first few. MiB is what editing takes at most beyond the model, in ours all that it keeps of texts. Results
-go to bench/results/ as JSON, Markdown and a picture.
+Three tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
+each step, whose predictions shall stay. *by default*: some of these are what the model says of the subject, which it
+has to write first, and the edit is retold in its words. The last table has the operations of a step's matrix products,
+and how long these take alone. Variants take turns, and seconds are medians over rounds. "Plain" is
+bench/plain_editing.py; "times plain" compares steps, of a batch the plain one's first few. MiB is what editing takes at
+most beyond the model, in ours all that it keeps of texts. Results go to bench/results/ as JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from report import RESULTS, called, markdown, provenance
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, build
-from stopwatch import SECTIONS, Stopwatch
+from stopwatch import SECTIONS, WRITING, Stopwatch
 from throughput_pictures import draw_curve, draw_parts
 
 from baft.editing import Mode
+from baft.engine.continuations import Continuations
 from baft.engine.options import EngineOptions
 from baft.engine.sets import ParameterSets
 from baft.evaluation.probes import questions
@@ -210,9 +211,10 @@ def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[s
     """Seconds by section, of a few single edits, plain and ours."""
     found = {}
     watch = Stopwatch(subject.model.device)
+    writing = [(Continuations, name, WRITING) for name in ("of", "write")]
     with plain_editor(subject, task) as (plain, draw_for):
         blocks, first = plain.blocks, min(plain.interventions)
-        calls: list[tuple[Any, str, str]] = [(type(plain.optimizer), "step", "optimiser")]
+        calls: list[tuple[Any, str, str]] = [*writing, (type(plain.optimizer), "step", "optimiser")]
         calls += [(i, "forward", "interventions") for i in plain.interventions.values()]
         with watch.on(subject.model, blocks, first, calls):
             plain.edit(draw_for([0]))
@@ -220,7 +222,9 @@ def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[s
     editor = subject.editor(task, EngineOptions())
     with removed(editor):
         list(editor.edit_each(subject.requests[:1]))
+        editor._begin().surroundings.forget()
         calls = [(cls, "edit", "interventions") for cls in (BaftIntervention, GroupedBaftIntervention)]
+        calls += writing
         calls.append((ParameterSets, "update", "optimiser"))
         with watch.on(subject.model, blocks, first, calls):
             list(editor.edit_each(subject.requests[: options.requests]))

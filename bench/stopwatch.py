@@ -11,13 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["SECTIONS", "Stopwatch"]
+__all__ = ["SECTIONS", "WRITING", "Stopwatch"]
 
-SECTIONS = ("lower blocks", "upper blocks", "interventions", "head and losses", "backward", "optimiser", "host")
+WRITING = "writing texts"
+SECTIONS = (
+    "lower blocks",
+    "upper blocks",
+    "interventions",
+    "head and losses",
+    "backward",
+    "optimiser",
+    WRITING,
+    "host",
+)
 
 
 class Stopwatch:
     """Seconds by section; time that no section claims is the host's: drawing texts, laying them out, Python.
+
+    While texts are written, the model's blocks belong to that.
 
     On a GPU it waits for the device at each border, which takes from what runs ahead: shares are right, sums are not.
     """
@@ -27,9 +39,12 @@ class Stopwatch:
         self._device = device
         self._section = "host"
         self._since = time.perf_counter()
+        self._writing = 0
 
     def switch(self, section: str) -> str:
         """From here on ``section`` runs; returns the one before."""
+        if self._writing:
+            return self._section
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -77,9 +92,11 @@ class Stopwatch:
     def _watched(self, function: Callable[..., Any], section: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             before = self.switch(section)
+            self._writing += section == WRITING
             try:
                 return function(*args, **kwargs)
             finally:
+                self._writing -= section == WRITING
                 self.switch("host" if section in ("backward", "optimiser") else before)
 
         return watched

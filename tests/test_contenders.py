@@ -75,11 +75,11 @@ def test_the_bench_prints_its_table_and_draws_its_picture(
     for row in timed:
         plain = next(r for r in timed if (r["mode"], r["task"]) == (row["mode"], row["task"]))
         assert row["times_plain"] == pytest.approx(plain["seconds_per_step"] / row["seconds_per_step"])
-    assert [row["slots"] for row in timed if row["mode"] == "single"] == [None, 2, 2] * 2
+    assert [row["slots"] for row in timed if row["mode"] == "single"] == [None, 2, 2] * len(TASKS)
     table = Path(f"{stem}.md").read_text().splitlines()
     assert table[0].startswith("| mode | task | variant |") and len(table[2].split("|")) == len(table[0].split("|"))
     curve = Path(str(stem).replace("throughput_", "throughput_slots_") + ".md").read_text().splitlines()
-    assert [line.split(" | ")[1] for line in curve[2:6]] == ["1", "2"] * 2  # as many as there are requests
+    assert [line.split(" | ")[1] for line in curve[2:8]] == ["1", "2"] * len(TASKS)  # as many as there are requests
     for picture in (f"{stem}.png", str(stem).replace("throughput_", "throughput_slots_") + ".png"):
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
