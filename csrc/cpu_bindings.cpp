@@ -74,11 +74,11 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
-                 const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis, const Tensor& bias,
-                 int64_t gate_number) {
+// The call on `count` rows of h in all; its parameters are those of one set of `sets`.
+baft::cpu::Forward forward_of(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
+                              const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis,
+                              const Tensor& bias, Gate gate, int64_t sets) {
   const int64_t count = h.size(0), d = h.size(1), r = weights.size(1);
-  const Gate gate = static_cast<Gate>(gate_number);
   baft::cpu::Forward call{};
   call.h = matrix_of(h, count, d);
   call.out = matrix_of(out, count, d);
@@ -87,12 +87,42 @@ void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, cons
   call.d = d;
   call.r = r;
   call.gate = gate;
-  call.projection = packed_of(projection, call.h.dtype, padded(outputs_of(gate, r), baft::cpu::kPanel), d);
-  call.basis = packed_of(basis, call.h.dtype, padded(d, baft::cpu::kBlock), r);
-  call.bias = floats_of(bias, outputs_of(gate, r));
+  call.projection = packed_of(projection, call.h.dtype, sets * padded(outputs_of(gate, r), baft::cpu::kPanel), d);
+  call.basis = packed_of(basis, call.h.dtype, sets * padded(d, baft::cpu::kBlock), r);
+  call.bias = floats_of(bias, sets * outputs_of(gate, r));
   call.weights = floats_of(weights, count * r);
   call.update = floats_of(update, count * r);
-  baft::cpu::forward(call, parallel_for);
+  return call;
+}
+
+void forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
+                 const std::optional<Tensor>& rows, const Tensor& projection, const Tensor& basis, const Tensor& bias,
+                 int64_t gate_number) {
+  const Gate gate = static_cast<Gate>(gate_number);
+  baft::cpu::forward(forward_of(h, out, weights, update, rows, projection, basis, bias, gate, 1), parallel_for);
+}
+
+// Of rows that are sorted by parameter set, those from first[i] to first[i + 1] by set number[i].
+void grouped_forward_out(const Tensor& h, const Tensor& out, const Tensor& weights, const Tensor& update,
+                         const Tensor& rows, const Tensor& number, const Tensor& first, const Tensor& projection,
+                         const Tensor& basis, const Tensor& bias, int64_t gate_number) {
+  const Gate gate = static_cast<Gate>(gate_number);
+  const int64_t all = bias.size(0);
+  const auto call = forward_of(h, out, weights, update, rows, projection, basis, bias, gate, all);
+  baft::cpu::Sets sets{};
+  sets.count = number.numel();
+  sets.number = rows_of(number, 0).rows;
+  sets.first = rows_of(first, 0).rows;
+  STD_TORCH_CHECK(first.numel() == sets.count + 1 && sets.first[0] == 0 && sets.first[sets.count] == call.rows.count,
+                  "expected the bounds of each set's rows");
+  for (int64_t i = 0; i < sets.count; ++i)
+    STD_TORCH_CHECK(sets.number[i] >= 0 && sets.number[i] < all && sets.first[i] <= sets.first[i + 1],
+                    "expected numbers of parameter sets, and rows in their order");
+  if (all == 0) return;
+  sets.projection_bytes = projection.numel() / all * projection.element_size();
+  sets.basis_bytes = basis.numel() / all * basis.element_size();
+  sets.bias_floats = bias.numel() / all;
+  baft::cpu::grouped_forward(call, sets, parallel_for);
 }
 
 // Large memory comes fresh from the system, which hands it over page by page as it is written: at 4 KiB a page that
@@ -168,6 +198,7 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_weights,
 STABLE_TORCH_LIBRARY_IMPL(baft_kernels, CPU, library) {
   library.impl("cpu_forward", TORCH_BOX(&forward));
   library.impl("cpu_forward_out", TORCH_BOX(&forward_out));
+  library.impl("cpu_grouped_forward_out", TORCH_BOX(&grouped_forward_out));
   library.impl("cpu_backward", TORCH_BOX(&backward));
   library.impl("cpu_empty_like", TORCH_BOX(&new_like));
 }
@@ -188,6 +219,6 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* made = PyModule_Create(&module);
   // baft_kernels/backends/cpu.py asks for this number: a library left over from another version must not be called.
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 2);
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 3);
   return made;
 }

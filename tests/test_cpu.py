@@ -19,7 +19,7 @@ from op_calls import AWKWARD_WIDTHS, Call, draw_call, draws
 from tolerance import Backend, assert_accurate, outputs_and_gradients
 from torch import Tensor
 
-from baft_kernels import BaftOutput, baft, baft_, info
+from baft_kernels import BaftOutput, baft, baft_, grouped_baft, info
 from baft_kernels.backends import cpu as cpu_backend
 from baft_kernels.backends import why_unusable
 from baft_kernels.reference import GATE_FNS
@@ -145,6 +145,31 @@ def test_results_are_the_same_bit_for_bit_at_any_number_of_threads(rows: int) ->
             torch.set_num_threads(number)
             for name, value in _results(call).items():
                 assert torch.equal(value, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [1, 30, 300])
+@pytest.mark.parametrize("some", [False, True])
+def test_sets_that_share_a_call_are_as_in_calls_of_their_own(some: bool, rows: int) -> None:
+    """Bit for bit, whether threads take whole sets, which are small, or work together on each."""
+    calls = [draw_call((rows,), 1088, 12, seed=seed) for seed in range(5)]
+    ids = torch.tensor([3, 0, 4, 1])
+    stacked = [torch.stack([getattr(call, name) for call in calls]) for name in Call._fields[1:6]]
+    h = torch.stack([calls[number].h for number in ids])
+    chosen = torch.arange(rows).flip(0)[: rows // 2 + 1] if some else None
+    expected = [
+        torch.stack(values)
+        for values in zip(*(cpu(*calls[n]._replace(rows=chosen))._asdict().values() for n in ids), strict=True)
+    ]
+    positions = None if chosen is None else chosen.expand(len(ids), -1)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found = grouped_baft(h, *stacked, ids, positions=positions, return_aux=True, backend="cpu")
+            for actual, wanted in zip(found, expected, strict=True):
+                assert torch.equal(actual, wanted)
     finally:
         torch.set_num_threads(threads)
 

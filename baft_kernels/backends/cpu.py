@@ -21,7 +21,7 @@ _PANEL = 32
 _BLOCK = 64
 _GATES = ("sigmoid", "softmax", "none")
 _MOST_PAIRS = 256
-_INTERFACE = 2
+_INTERFACE = 3
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -30,6 +30,10 @@ _library.define(
 _library.define(
     "cpu_forward_out(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor? rows, Tensor projection,"
     " Tensor basis, Tensor bias, int gate) -> ()"
+)
+_library.define(
+    "cpu_grouped_forward_out(Tensor h, Tensor(a!) out, Tensor(b!) weights, Tensor(c!) update, Tensor rows,"
+    " Tensor number, Tensor first, Tensor projection, Tensor basis, Tensor bias, int gate) -> ()"
 )
 _library.define("cpu_empty_like(Tensor h) -> Tensor")
 _library.define(
@@ -160,9 +164,12 @@ class CpuBackend(Backend):
         else:
             out = h.clone(memory_format=torch.contiguous_format) if out is None else out
             weights, update = h.new_zeros(low, dtype=torch.float32), h.new_zeros(low, dtype=torch.float32)
-        for chosen, some in _by_set(rows, adapters, h.shape[0]):
-            of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)
-            torch.ops.baft_kernels.cpu_forward_out(h, out, weights, update, some, *of_set, gate)
+        rows = _numbers(rows)
+        if adapters is None:
+            torch.ops.baft_kernels.cpu_forward_out(h, out, weights, update, rows, *pack, gate)
+        else:
+            sets = _by_set(rows, adapters, h.shape[0])
+            torch.ops.baft_kernels.cpu_grouped_forward_out(h, out, weights, update, *sets, *pack, gate)
         return out, weights, update
 
     def backward(
@@ -199,7 +206,8 @@ class CpuBackend(Backend):
             )
         pack = packed(_pack_backward, parameters, h.dtype)
         gate = _GATES.index(gate_fn)
-        for chosen, some in _by_set(rows, adapters, h.shape[0]):
+        rows = _numbers(rows)
+        for chosen, some in [(None, rows)] if adapters is None else _by_set(rows, adapters, h.shape[0]).each():
             of_set = (tensor if chosen is None else tensor[chosen] for tensor in pack)
             targets = (None,) * 5 if gradients is None else gradients if chosen is None else gradients.of_set(chosen)
             torch.ops.baft_kernels.cpu_backward(grad_out, *aux, h, weights, update, some, *of_set, gate, of_h, *targets)
@@ -210,14 +218,27 @@ def _without_gaps(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def _by_set(rows: Tensor | None, adapters: Tensor | None, count: int) -> Iterator[tuple[int | None, Tensor | None]]:
-    """Each parameter set that is used (None without ``adapters``), with the rows it is used on (None for all)."""
-    if rows is not None and rows.dtype == torch.bool:
-        rows = rows.nonzero().flatten()
-    if adapters is None:
-        yield None, rows
-        return
-    each_row = adapters.repeat_interleave(count // max(1, adapters.numel()))
-    chosen = torch.arange(count) if rows is None else rows
-    for index in adapters.unique().tolist():
-        yield index, chosen[each_row[chosen] == index]
+def _numbers(rows: Tensor | None) -> Tensor | None:
+    """Rows by number; None for all."""
+    return rows.nonzero().flatten() if rows is not None and rows.dtype == torch.bool else rows
+
+
+class _Sets(NamedTuple):
+    """Rows sorted by parameter set: those from first[i] to first[i + 1] are of set number[i]."""
+
+    rows: Tensor
+    number: Tensor
+    first: Tensor
+
+    def each(self) -> Iterator[tuple[int, Tensor]]:
+        """Every set that is used, with its rows."""
+        return zip(self.number.tolist(), self.rows.split(self.first.diff().tolist()), strict=True)
+
+
+def _by_set(rows: Tensor | None, adapters: Tensor, count: int) -> _Sets:
+    """Share out ``rows`` (None for all ``count``), each being of its sequence's set."""
+    each_row = adapters.long().repeat_interleave(count // max(1, adapters.numel()))
+    wanted = each_row if rows is None else each_row[rows]
+    ordered, order = wanted.sort(stable=True)
+    number, counts = ordered.unique_consecutive(return_counts=True)
+    return _Sets(order if rows is None else rows[order], number, F.pad(counts.cumsum(0), (1, 0)))

@@ -33,6 +33,10 @@ void gate_tile(const Forward& call, const TileRows& tile, const float* sums, flo
   }
 }
 
+Packed further(const Packed& packed, int64_t bytes) {
+  return {static_cast<const char*>(packed.data) + bytes, packed.pairs};
+}
+
 } // namespace
 
 void forward(const Forward& call, ParallelFor parallel_for) {
@@ -76,6 +80,30 @@ void forward(const Forward& call, ParallelFor parallel_for) {
     const TileRows tile(call.rows, index * shape.tile_rows, shape.tile_rows);
     expand(tile, task % shape.splits, coefficients.data() + index * shape.tile_rows * call.r);
   });
+}
+
+void grouped_forward(const Forward& call, const Sets& sets, ParallelFor parallel_for) {
+  const auto edit = [&](int64_t i, ParallelFor share_out) {
+    Forward own = call;
+    own.rows = {call.rows.rows + sets.first[i], sets.first[i + 1] - sets.first[i]};
+    own.projection = further(call.projection, sets.number[i] * sets.projection_bytes);
+    own.basis = further(call.basis, sets.number[i] * sets.basis_bytes);
+    own.bias = call.bias + sets.number[i] * sets.bias_floats;
+    forward(own, share_out);
+  };
+  // Where each set has a few rows, as when a batch of texts under different edits gets its next token, threads take
+  // whole sets: a call of its own for each would be more overhead than work. Where sets are large, all work on each.
+  if (call.rows.count < 4 * kernels().tile_rows * sets.count) {
+    const ParallelFor alone = [](int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+      body(0, count, context);
+    };
+    const int64_t outputs = call.gate == Gate::none ? call.r : 2 * call.r;
+    const int64_t work = call.rows.count * outputs * call.d / std::max<int64_t>(sets.count, 1);
+    parallel(parallel_for, sets.count, std::max<int64_t>(1, Projection::kGrainWork / (work + 1)),
+             [&](int64_t i) { edit(i, alone); });
+    return;
+  }
+  for (int64_t i = 0; i < sets.count; ++i) edit(i, parallel_for);
 }
 
 } // namespace baft::cpu

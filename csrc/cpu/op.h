@@ -34,6 +34,14 @@ struct Forward {
   float* update;     // u [*, r]
 };
 
+// The rows of a call shared out among parameter sets: those from first[i] to first[i + 1] are of set number[i]. Where
+// the call has its parameters stand those of set 0, and each next one so many bytes, or floats, further on.
+struct Sets {
+  int64_t count;
+  const int64_t *number, *first;
+  int64_t projection_bytes, basis_bytes, bias_floats;
+};
+
 struct Backward {
   Matrix grad_out, h, grad_h; // [*, d]; grad_h.data null: not wanted
   Rows rows;
@@ -50,6 +58,7 @@ struct Backward {
 };
 
 void forward(const Forward& call, ParallelFor parallel_for);
+void grouped_forward(const Forward& call, const Sets& sets, ParallelFor parallel_for);
 void backward(const Backward& call, ParallelFor parallel_for);
 
 } // namespace baft::cpu

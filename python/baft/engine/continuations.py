@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from baft.engine.encoding import Encoded, Encoder, Tokens, most_tokens
+from baft.engine.decoding import ends_of, greedily_continued
+from baft.engine.encoding import Encoded, Encoder, TokenBatch, Tokens, most_tokens
 from baft.engine.generation import batches_by_length
 from baft.engine.modes import evaluating
 from baft.placement import device_of
@@ -119,49 +120,39 @@ class Continuations:
         """Of each the likeliest next tokens, the likeliest first; the end is none."""
         found: list[list[Tokens]] = [[] for _ in asked]
         for chosen in batches_by_length([len(one.prompt) for one in asked], _TOGETHER):
-            scores = self._generate([asked[k].prompt for k in chosen], 1, output_logits=True).logits[0]
-            scores[:, sorted(self._ends())] = -torch.inf
+            batch = self._batch([asked[k].prompt for k in chosen])
+            generated = self._model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
+                input_ids=batch.ids,
+                attention_mask=batch.attention_mask,
+                do_sample=False,
+                max_new_tokens=1,
+                pad_token_id=self._encoder.pad_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            scores = generated.logits[0].index_fill(1, self._ends.to(batch.ids.device), -torch.inf)
             for line, k in enumerate(chosen):
                 found[k] = [(token,) for token in scores[line].topk(asked[k].branches).indices.tolist()]
         return found
 
     def _continued(self, texts: Sequence[Tokens]) -> list[Tokens]:
         """Greedily, as far as the model has positions, and without what comes behind an end."""
-        limit, ends = most_tokens(self._model), self._ends()
+        limit, ends = most_tokens(self._model), self._ends.tolist()
         rooms = [_LENGTH if limit is None else min(_LENGTH, limit - len(text)) for text in texts]
         found = list(texts)
         for room in {room for room in rooms if room > 0}:
             alike = [k for k, own in enumerate(rooms) if own == room]
             for chosen in batches_by_length([len(texts[k]) for k in alike], _TOGETHER):
-                started = [texts[alike[c]] for c in chosen]
-                written = self._generate(started, room).sequences[:, max(map(len, started)) :].tolist()
-                for c, start, new in zip(chosen, started, written, strict=True):
+                batch = self._batch([texts[alike[c]] for c in chosen])
+                written = greedily_continued(self._model, self._encoder, batch, room)
+                for c, new in zip(chosen, written, strict=True):
                     end = next((column for column, token in enumerate(new) if token in ends), len(new))
-                    found[alike[c]] = (*start, *new[:end])
+                    found[alike[c]] = (*texts[alike[c]], *new[:end])
         return found
 
-    def _generate(self, texts: Sequence[Tokens], new_tokens: int, **options: bool) -> _Generated:
-        batch = self._encoder.batch([Encoded(text, len(text)) for text in texts], device_of(self._model), side="left")
-        generated: _Generated = self._model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=self._encoder.pad_id,
-            return_dict_in_generate=True,
-            **options,
-        )
-        return generated
+    def _batch(self, texts: Sequence[Tokens]) -> TokenBatch:
+        return self._encoder.batch([Encoded(text, len(text)) for text in texts], device_of(self._model), side="left")
 
-    def _ends(self) -> set[int]:
-        """The tokens that a text ends with."""
-        of_model = self._model.generation_config.eos_token_id if self._model.generation_config else None
-        ends = of_model if isinstance(of_model, list) else [of_model]
-        return {token for token in (self._encoder.tokenizer.eos_token_id, *ends) if token is not None}
-
-
-class _Generated(Protocol):
-    """What transformers' ``generate`` returns."""
-
-    sequences: Tensor
-    logits: tuple[Tensor, ...]
+    @property
+    def _ends(self) -> Tensor:
+        return torch.tensor(ends_of(self._model, self._encoder), dtype=torch.long)

@@ -94,7 +94,7 @@ class TokenBatch:
     labels: Tensor
     tokens: PromptTokens
 
-    def __getitem__(self, rows: slice) -> TokenBatch:
+    def __getitem__(self, rows: slice | list[int]) -> TokenBatch:
         subject = None if self.tokens.subject is None else self.tokens.subject[rows]
         tokens = PromptTokens(self.tokens.prompt[rows], subject)
         return TokenBatch(self.ids[rows], self.attention_mask[rows], self.labels[rows], tokens)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from baft.attach import Attachment
 from baft.bank import AdapterBank
-from baft.engine.encoding import Encoder
+from baft.engine.decoding import ends_of, greedily_continued
+from baft.engine.encoding import Encoder, TokenBatch
 from baft.engine.modes import evaluating
 from baft.placement import device_of
 
@@ -56,15 +57,26 @@ def generate_texts(
     edited_by = _chooser(attachment, adapters, adapter_ids, len(rows))
     for chosen in batches_by_length([len(row.ids) for row in rows], batch_size):
         batch = encoder.batch([rows[index] for index in chosen], device_of(model), side="left")
-        with evaluating(model), attachment.prompts(batch.tokens), edited_by(chosen):
-            generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-                input_ids=batch.ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=encoder.pad_id,
-                **{"do_sample": False, **options},
-            )
-        continuations = encoder.tokenizer.batch_decode(generated[:, batch.ids.shape[1] :], skip_special_tokens=True)
+
+        @contextmanager
+        def edited(lines: Sequence[int], part: TokenBatch, chosen: Sequence[int] = chosen) -> Iterator[None]:
+            with attachment.prompts(part.tokens), edited_by([chosen[line] for line in lines]):
+                yield
+
+        with evaluating(model):
+            if options:
+                with edited(range(len(chosen)), batch):
+                    generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
+                        input_ids=batch.ids,
+                        attention_mask=batch.attention_mask,
+                        max_new_tokens=max_new_tokens,
+                        pad_token_id=encoder.pad_id,
+                        **{"do_sample": False, "eos_token_id": ends_of(model, encoder) or None, **options},
+                    )
+                new = generated[:, batch.ids.shape[1] :].tolist()
+            else:
+                new = greedily_continued(model, encoder, batch, max_new_tokens, edited)
+        continuations = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
         for index, text in zip(chosen, continuations, strict=True):
             texts[index] = text
         if on_batch:
