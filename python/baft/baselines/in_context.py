@@ -105,11 +105,11 @@ class InContext(NoEdit):
     def state(self) -> dict[str, Tensor]:
         """The facts, as JSON in bytes: states are tensors."""
         text = json.dumps(list(self._facts.items()))
-        return {"facts": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+        return {"facts": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go to a state that ``state()`` returned; ``edits`` isn't part of it."""
-        facts = json.loads(bytes(state["facts"].tolist()))
+        facts = json.loads(state["facts"].cpu().numpy().tobytes())
         self._facts = {prompt: (subject, target) for prompt, (subject, target) in facts}
 
 

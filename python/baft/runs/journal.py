@@ -112,11 +112,14 @@ class Journal:
 
     @classmethod
     def copy_of(cls, journal: Journal, world: World) -> Journal:
-        """In the first process ``journal`` itself, in the others a copy of that one, in memory."""
+        """In the first process ``journal`` itself, in the others a copy of that one, on disk while they have it."""
         statements = world.first_ones([*journal._connection.iterdump()] if world.size > 1 and world.writes else [])
         if world.writes:
             return journal
-        copy = cls(None)
+        folder = TemporaryDirectory(prefix="baft-journal-")
+        copy = cls(Path(folder.name) / "copy.sqlite")
+        copy._folder = folder
+        copy._connection.execute("PRAGMA synchronous=OFF")  # nobody goes on with it
         copy._connection.executescript("".join(f"DROP TABLE {name};" for name in copy._tables()))
         copy._connection.executescript("\n".join(statements))
         return copy
