@@ -388,6 +388,28 @@ def test_editing_by_graphs_is_editing(mode: Any, changes: dict[str, Any]) -> Non
     assert found[0][1] == pytest.approx(found[1][1], rel=0.02)  # padding rounds otherwise, and steps add it up
 
 
+def test_edited_models_say_what_they_say_on_the_cpu() -> None:
+    """Side by side, texts that have ended leaving the batch; and so does the unedited one of the edits' subjects."""
+    pytest.importorskip("transformers")
+    from tiny import REQUESTS, moved_from_identity, tiny_editor, tiny_model
+
+    prompts = [request.prompt for request in REQUESTS] * 3
+    ids = [k % 2 for k in range(len(prompts))]
+    states: list[dict[str, Tensor]] = []
+    found = []
+    for device in ("cpu", GPU):
+        model = tiny_model().to(device)
+        model.generation_config.eos_token_id = [2, *range(40, 60)]
+        editor = tiny_editor(model, subject_texts=6)
+        for seed in (0, 1) if device == "cpu" else ():
+            states.append(moved_from_identity(editor, scale=2.0, seed=seed).state())
+        said = editor.generate(prompts, adapters=editor.bank(states), adapter_ids=ids, max_new_tokens=12)
+        editor.look_ahead(REQUESTS)
+        surroundings = editor._begin().surroundings
+        found.append((said, [surroundings.of(editor._encode(request)) for request in REQUESTS]))
+    assert found[0] == found[1]
+
+
 @every_backend
 def test_it_compiles_whole_and_once_for_every_length(backend: str) -> None:
     torch._dynamo.reset()
