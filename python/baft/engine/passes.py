@@ -206,10 +206,11 @@ class Passes:
                     head_everywhere=not self.options.head_where_needed,
                 )
             )
-            split = len(inputs.answer_cells)
+            # Split, not sliced: the gradient is then put together once, and not summed of parts filled up with zeros.
+            answers, edited = logits.split((len(inputs.answer_cells), len(cells) - len(inputs.answer_cells)))
             yield Passed(
-                logits[:split],
-                logits[split:] if inputs.predictions else None,
+                answers,
+                edited if inputs.predictions else None,
                 inputs.unedited if unedited is None else unedited,
                 seen,
             )

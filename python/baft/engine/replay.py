@@ -123,10 +123,14 @@ class Replay:
             replaced += [(block, self._returning(None)) for block in self.blocks.modules[: self.first]]
             replaced.append((self.blocks.modules[self.first], self._returning(prefix)))
         with _forwards(replaced):
-            logits = self.model(**grid.inputs()).logits[0]
-            here = grid.ids.numel() if head_everywhere else len(cells)
-            wanted = logits[:here].index_select(0, cells.to(logits.device)) if head_everywhere else logits[:here]
-            yield Logits(wanted, None if unedited_input is None else logits[here:].detach())
+            logits = self.model(**grid.inputs()).logits.squeeze(0)
+            unedited = None
+            if unedited_input is not None:
+                logits, unedited = logits.split((len(logits) - len(unedited_input), len(unedited_input)))
+            yield Logits(
+                logits.index_select(0, cells.to(logits.device)) if head_everywhere else logits,
+                None if unedited is None else unedited.detach(),
+            )
 
     def _returning(self, h: Tensor | None) -> Forward:
         """A block's forward that returns ``h``, or what it is given."""
