@@ -296,6 +296,16 @@ def test_where_not_one_edit_fits_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same_bits(editor.parameters(), {name: editor.state()[name] for name in before})
 
 
+def test_what_was_edited_abreast_before_does_not_matter() -> None:
+    """What was computed at once for many is computed again for who is edited alone."""
+    changes = {**SHORT, "subject_texts": 6, "unrelated_per_step": 8}
+    used, fresh = editor_with(4, **changes), editor_with(4, **changes)
+    edited(used, REQUESTS)
+    for outcome, other in zip(used.edit(REQUESTS), fresh.edit(REQUESTS), strict=True):
+        assert outcome.curve.losses == other.curve.losses
+    assert_same_bits(used.state(), fresh.state())
+
+
 # -- requests that fail --
 
 

@@ -161,6 +161,32 @@ def test_the_model_writes_without_its_edits() -> None:
     assert editor._continuations.of(ASKED[1]) == of(tiny_model()).of(ASKED[1])
 
 
+def test_where_they_are_kept_may_change() -> None:
+    """What is told of another store isn't what was remembered of the first, and a closed one isn't asked any more."""
+    editor = tiny_editor(subject_texts=6, max_steps=1)
+    editor.edit(REQUESTS[:1])
+    asked = editor._begin().surroundings._asked_of("Norland")
+    kept = RememberedContinuations()
+    kept.add_continued({asked: [(*asked.prompt, 7, 8)]})
+    editor.keep_written_in(kept)
+    assert [text.ids for text in editor._begin().surroundings.all_about("Norland")] == [(*asked.prompt, 7, 8)]
+    editor.edit(REQUESTS[:2])
+    assert kept.continued(editor._begin().surroundings._asked_of("Bob Stone"))
+    editor.keep_written_in(None)
+    assert len(editor._begin().surroundings.all_about("Norland")) > 1
+
+
+def test_a_model_that_changed_while_nothing_was_trained_writes_anew() -> None:
+    editor = tiny_editor(subject_texts=6, max_steps=1)
+    before = editor.state()
+    editor.edit(REQUESTS[:1])
+    texts = editor._begin().surroundings.all_about("Norland")
+    editor.load_state(before)
+    with torch.no_grad():
+        editor.model.get_output_embeddings().weight.mul_(-1)
+    assert editor._begin().surroundings.all_about("Norland") not in (texts, ())
+
+
 def test_looking_ahead_and_checking_edit_nothing() -> None:
     editor, untouched = tiny_editor(subject_texts=6), tiny_editor(subject_texts=6)
     editor.look_ahead(REQUESTS)

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from tiny import FAMILIES, REQUESTS, moved_from_identity, tiny_editor, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, Lfm2Config, PreTrainedModel
 
 from baft.engine import decoding, generation
 from baft.engine.decoding import ends_of, greedily_continued
@@ -110,6 +111,58 @@ def test_a_cache_that_cannot_be_parted_is_made_anew(monkeypatch: pytest.MonkeyPa
         found = greedily_continued(model, ENCODER, batch_of(), 12)
     assert [up_to_end(model, new) for new in found] == expected
     assert any(width > 1 for _, width in shapes[1:])
+
+
+def test_a_cache_with_more_than_keys_and_values_is_made_anew() -> None:
+    """A convolution's state, for instance."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Lfm2Config(
+        **sizes, num_key_value_heads=2, intermediate_size=64, layer_types=["conv", "full_attention", "conv"]
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.generation_config.eos_token_id = 2
+    end_early(model, run_to_the_end(model, batch_of(), 12))
+    with passes(model) as shapes:
+        found = greedily_continued(model, ENCODER, batch_of(), 12)
+    assert [up_to_end(model, new) for new in found] == run_to_the_end(model, batch_of(), 12)
+    assert min(rows for rows, _ in shapes) < len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static"},
+        {"min_new_tokens": 6},
+        {"begin_suppress_tokens": [*range(3, 60)]},
+    ],
+    ids=str,
+)
+def test_a_model_that_generates_in_a_way_of_its_own_does_so(way: dict[str, Any]) -> None:
+    """What is counted from the prompt's end isn't counted anew."""
+    model = ending_early()
+    for name, value in way.items():
+        setattr(model.generation_config, name, value)
+    expected = run_to_the_end(model, batch_of(), 12)
+    with passes(model) as shapes:
+        found = greedily_continued(model, ENCODER, batch_of(), 12)
+    assert [up_to_end(model, new) for new in found] == expected
+    assert {rows for rows, _ in shapes} == {len(PROMPTS)}
+
+
+def test_a_configuration_of_the_callers_says_where_texts_end() -> None:
+    editor = tiny_editor()
+    whole = editor.generate(PROMPTS[1], max_new_tokens=8)
+    ids = greedily_continued(editor.model, ENCODER, batch_of(PROMPTS[1:2]), 8)[0]
+    own = GenerationConfig(eos_token_id=ids[3], pad_token_id=0)
+    assert editor.generate(PROMPTS[1], max_new_tokens=8, generation_config=own) == tiny_tokenizer().decode(ids[:4])
+    assert editor.generate(PROMPTS[1], max_new_tokens=8, eos_token_id=ids[3]) == tiny_tokenizer().decode(ids[:4])
+    assert len(whole) > len(tiny_tokenizer().decode(ids[:4]))
 
 
 @pytest.mark.parametrize("parted", [True, False])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import ASKED, Listener, run_in
+from small_runs import ASKED, Listener, run_in, small_editor
 from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
 from baft.engine.continuations import Asked, Continuations
@@ -19,10 +20,12 @@ from baft.engine.encoding import Tokens
 from baft.runs import sequential as sequential_run
 from baft.runs.checkpoints import Checkpoints, kept
 from baft.runs.conflicts import conflicts, superseded
+from baft.runs.folder import RunFolder
 from baft.runs.identity import differences, hash_of_model
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
 from baft.runs.retention import is_milestone, sample
+from baft.runs.run import run_edits
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,31 @@ def test_texts_about_the_next_subjects_are_written_together(tmp_path: Path, monk
     subjects = [request.subject for request in ASKED]
     news = [len(set(subjects[k : k + 4]) - set(subjects[:k])) for k in range(0, len(ASKED), 4)]
     assert asked == [new + len(subjects[k : k + 4]) for new, k in zip(news, range(0, len(ASKED), 4), strict=True)]
+
+
+def test_an_editor_edits_on_when_its_run_is_over(tmp_path: Path) -> None:
+    """And asks a journal no more that is closed."""
+    folder, editor = RunFolder(tmp_path / "run"), small_editor(max_steps=1)
+    folder.begin({}, {})
+    run_edits(editor, ASKED[:2], "sequential", folder=folder)
+    folder.close()
+    assert len(editor.edit(ASKED[2:4])) == 2
+    assert len(list(editor.edit_each(ASKED[4:6]))) == 2
+
+
+def test_the_seconds_of_an_edit_have_those_of_writing_its_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Continuations._written
+
+    def slowly(self: Continuations, missing: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
+        time.sleep(1.0)
+        return written(self, missing)
+
+    monkeypatch.setattr(Continuations, "_written", slowly)
+    run_in(tmp_path, max_steps=1, settling_rounds=0)
+    journal = Journal(tmp_path / "journal.sqlite", read_only=True)
+    assert sum(record.seconds for record in journal.records()) > 1.0
 
 
 # -- requests for the same thing --

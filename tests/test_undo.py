@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from small_runs import ASKED, PLAN, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 
+from baft.engine.continuations import Asked, Continuations
+from baft.engine.encoding import Tokens
 from baft.engine.schedule import Curve
 from baft.runs.folder import RunFolder
 from baft.runs.outcome import outcome
@@ -117,6 +119,27 @@ def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
     run_in(done, plan=SPARSE)
     results = json.loads((done / "results.json").read_text())
     assert results["edits"] == results["requests"] == 8 and results["dropped"] == [5]
+
+
+def test_texts_that_came_of_a_dropped_requests_company_are_written_anew(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In that which they have in a run without it: all together, in the order of the requests."""
+    place = RunFolder(done)
+    together: list[list[Asked]] = []
+    written = Continuations._written
+
+    def note(self: Continuations, missing: list[Asked]) -> dict[Asked, list[Tokens]]:
+        together.append(list(missing))
+        return written(self, missing)
+
+    monkeypatch.setattr(Continuations, "_written", note)
+    drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 5)
+    place.close()
+    anew = together.copy()
+    together.clear()
+    run_in(tmp_path / "without", requests=[*ASKED[:5], *ASKED[6:]], plan=SPARSE)
+    assert anew == together and len(anew) == 1
 
 
 def test_without_its_last_request_a_run_is_settled_and_looked_at_anew(done: Path, tmp_path: Path) -> None:

@@ -92,8 +92,9 @@ void grouped_forward(const Forward& call, const Sets& sets, ParallelFor parallel
     forward(own, share_out);
   };
   // Where each set has a few rows, as when a batch of texts under different edits gets its next token, threads take
-  // whole sets: a call of its own for each would be more overhead than work. Where sets are large, all work on each.
-  if (call.rows.count < 4 * kernels().tile_rows * sets.count) {
+  // whole sets: there are more of these than there is to share out of each. Where sets are large, all work on each.
+  const int64_t shares = std::min(Projection::kTasks, ceil_div(call.d, Projection::kMinWidth));
+  if (sets.count >= shares && call.rows.count < 4 * kernels().tile_rows * sets.count) {
     const ParallelFor alone = [](int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
       body(0, count, context);
     };

@@ -152,8 +152,8 @@ class LooksAhead(Protocol):
     def look_ahead(self, requests: Sequence[EditRequest]) -> None:
         """Ask the unedited model, together, all that editing each of ``requests`` will ask of it."""
 
-    def keep_written_in(self, kept: KeptContinuations) -> None:
-        """Keep what it wrote in ``kept``, and ask for nothing that is there."""
+    def keep_written_in(self, kept: KeptContinuations | None) -> None:
+        """Keep what it wrote in ``kept``, and ask for nothing that is there; None remembers what is to come."""
 
 
 @runtime_checkable

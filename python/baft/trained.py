@@ -233,9 +233,9 @@ class TrainedEditor(ABC):
         if requests:
             self._begin().surroundings.write_ahead([self._encode(request) for request in requests])
 
-    def keep_written_in(self, kept: KeptContinuations) -> None:
-        """Keep what the unedited model writes in ``kept``, and take it from there; by default it is remembered."""
-        self._continuations.kept = kept
+    def keep_written_in(self, kept: KeptContinuations | None) -> None:
+        """Keep what the unedited model writes in ``kept``, and take it from there; None remembers what is to come."""
+        self._continuations.keep_in(kept)
 
     @abstractmethod
     def _begin(self) -> Learner:
@@ -248,7 +248,8 @@ class TrainedEditor(ABC):
     def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:
         """What is due after an edit of a sequence.
 
-        By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are.
+        By the number of edits, and not at the end of a call, so that it doesn't matter how many calls there are, but
+        for what texts that are written together may differ in (``Continuations``).
         """
         every = self.config.consolidate_every
         if every and len(self.edits) % every == 0:
@@ -281,6 +282,7 @@ class TrainedEditor(ABC):
         return UnrelatedPool(self._unrelated, self.encoder, most_tokens(self.model))
 
     def _surroundings(self) -> Surroundings:
+        self._continuations.forget_if_changed()
         wanted = self.config.locality_weight > 0 or self.config.retellings > 0
         count = self.config.subject_texts if wanted else 0
         return Surroundings(self._continuations, self.encoder, count)

@@ -101,6 +101,7 @@ def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> N
                 started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher, log=log
             )
             do(context, place, number)
+            context.close()
             if log:
                 log.close()
         left = len(place.journal.positions())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,14 +15,18 @@ from baft.engine.decoding import ends_of, greedily_continued
 from baft.engine.encoding import Encoded, Encoder, TokenBatch, Tokens, most_tokens
 from baft.engine.generation import batches_by_length
 from baft.engine.modes import evaluating
+from baft.engine.weights import Versions, versions_of
 from baft.placement import device_of
 
 __all__ = ["Asked", "Continuations", "KeptContinuations", "RememberedContinuations"]
 
-# Tokens that are written behind a prompt; texts that are written in one batch; prompts that are remembered.
+# Tokens that are written behind a prompt; texts that are written in one batch.
 _LENGTH = 12
 _TOGETHER = 128
+
+# Prompts that are remembered, by who keeps them in memory, and in front of who keeps them elsewhere.
 _REMEMBERED = 1 << 17
+_RECENT = 1 << 15
 
 
 class Asked(NamedTuple):
@@ -58,23 +63,20 @@ class RememberedContinuations:
 
     def add_continued(self, found: Mapping[Asked, Sequence[Tokens]]) -> None:
         self._found.update({asked: list(texts) for asked, texts in found.items()})
-        for oldest in list(self._found)[: max(0, len(self._found) - _REMEMBERED)]:
-            del self._found[oldest]
+        while len(self._found) > _REMEMBERED:
+            del self._found[next(iter(self._found))]
 
 
 class Continuations:
     """Continuations of the unedited model.
 
-    Nothing is drawn. Texts that are written together are those that each would be alone, but where two next tokens are
-    as likely as each other to the last bits.
+    Nothing is drawn, but texts that are written together may differ from those that each would be alone: where two next
+    tokens are as likely as each other within rounding, which in bfloat16 is one text in a hundred or so.
 
     Args:
         model: writes.
         disabled: switches what edits it off.
         encoder: knows the tokens.
-
-    Attributes:
-        kept: where they are kept.
     """
 
     def __init__(
@@ -83,28 +85,44 @@ class Continuations:
         self._model = model
         self._disabled = disabled
         self._encoder = encoder
-        self.kept: KeptContinuations = RememberedContinuations()
+        self._recent = lru_cache(_RECENT)(self._find)
+        self._weights: Versions | None = None
+        self.keep_in(None)
+
+    def keep_in(self, kept: KeptContinuations | None) -> None:
+        """Keep them in ``kept``, and take them from there; None remembers those to come."""
+        self._kept = RememberedContinuations() if kept is None else kept
+        self._recent.cache_clear()
 
     def of(self, asked: Asked) -> list[Tokens]:
         """Each text, its prompt included; what isn't known is written, in no other company."""
-        found = self.kept.continued(asked)
-        if found is None:
-            found = self._written([asked])[asked]
-            self.kept.add_continued({asked: found})
-        return found
+        return self._recent(asked)
 
     def write(self, asked: Iterable[Asked]) -> None:
         """Write together what ``of`` will be asked for, as far as it isn't known."""
-        missing = [one for one in dict.fromkeys(asked) if self.kept.continued(one) is None]
+        missing = [one for one in dict.fromkeys(asked) if self._kept.continued(one) is None]
         if missing:
-            self.kept.add_continued(self._written(missing))
+            self._kept.add_continued(self._written(missing))
 
     def forget(self) -> None:
         """The model has changed: what it wrote is no longer what it writes."""
-        self.kept = RememberedContinuations()
+        self.keep_in(None)
+
+    def forget_if_changed(self) -> None:
+        """``forget``, if the model's weights aren't those that it last wrote with."""
+        if self._weights is not None and self._weights != versions_of(self._model):
+            self.forget()
+
+    def _find(self, asked: Asked) -> list[Tokens]:
+        found = self._kept.continued(asked)
+        if found is None:
+            found = self._written([asked])[asked]
+            self._kept.add_continued({asked: found})
+        return found
 
     @torch.no_grad()
     def _written(self, asked: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
+        self._weights = versions_of(self._model)
         with evaluating(self._model), self._disabled():
             branching = [one for one in asked if one.branches]
             likeliest = dict(zip(branching, self._likeliest(branching), strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from baft.engine.encoding import Encoder, TokenBatch
 
@@ -16,6 +17,20 @@ __all__ = ["ends_of", "greedily_continued"]
 
 # Texts below which none leaves before all have ended: going on without some takes longer than a step with them.
 _FEW = 8
+
+# What a model's own way of generating may name if texts shall leave their batch: who goes on is a new prompt to
+# transformers, for which what is counted from a prompt's end would be counted anew.
+_HARMLESS = frozenset(
+    {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+        *("max_length", "max_new_tokens", "use_cache", "repetition_penalty", "no_repeat_ngram_size"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+        *("transformers_version", "_from_model_config"),
+    }
+)
+
+# Layers of a cache whose every tensor is one row a text.
+_PARTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def ends_of(model: PreTrainedModel, encoder: Encoder) -> list[int]:
@@ -35,7 +50,7 @@ def greedily_continued(
     """The new tokens of each text of ``batch``, which is padded on the left.
 
     A batch runs for as long as its longest text. As soon as half of the texts have ended, the others go on without
-    them, with their part of the cache.
+    them, with their part of the cache; not where the model's configuration generates in a way of its own.
 
     Args:
         meanwhile: what the model runs in; told the numbers of the texts that are left, and their part of the batch.
@@ -47,6 +62,7 @@ def greedily_continued(
     ids, mask, cache = batch.ids, batch.attention_mask, None
     found: list[list[int]] = [[]] * len(ids)
     left = list(range(len(ids)))
+    leaving = {*(model.generation_config.to_diff_dict() if model.generation_config else ())} <= _HARMLESS
     while left:
         enough = _HalfHaveEnded(torch.tensor(ends, device=ids.device), width)
         with meanwhile(left, batch[left]):
@@ -58,7 +74,7 @@ def greedily_continued(
                 max_new_tokens=width + max_new_tokens - ids.shape[1],
                 pad_token_id=encoder.pad_id,
                 eos_token_id=ends or None,
-                stopping_criteria=[enough] if len(left) >= _FEW else [],
+                stopping_criteria=[enough] if leaving and len(left) >= _FEW else [],
                 return_dict_in_generate=True,
             )
         ids = generated.sequences
@@ -79,9 +95,13 @@ def greedily_continued(
 
 def _part_of(cache: Any, chosen: Tensor, length: int) -> DynamicCache | None:
     """The cache of the chosen texts' first ``length`` tokens; None where there is none such, and it is made anew."""
-    if not isinstance(cache, DynamicCache) or cache.get_seq_length() != length:
+    if type(cache) is not DynamicCache or cache.get_seq_length() != length:
         return None
-    cache.batch_select_indices(chosen)
+    layers: list[Any] = cache.layers
+    if any(type(layer) not in _PARTED for layer in layers):
+        return None
+    for layer in layers:
+        layer.batch_select_indices(chosen.to(layer.keys.device))
     return cache
 
 

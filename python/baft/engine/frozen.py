@@ -14,6 +14,7 @@ from baft.engine.grid import Grid
 from baft.engine.kept import Kept
 from baft.engine.replay import Replay
 from baft.engine.transfer import sent
+from baft.engine.weights import versions_of
 
 __all__ = ["FrozenStates"]
 
@@ -26,8 +27,9 @@ class FrozenStates:
 
     What is given doesn't depend on what was asked for before: a run that was interrupted and resumed gets the same
     bits. So each text is always computed in the same company, or alone; but for who can do without and asks for texts
-    ``together``, for whom all that is missing is computed at once. When ``budget`` is used up what was computed longest
-    ago makes room, half of all at a time; where that isn't enough for a single step, everything does.
+    ``together``, for whom what is missing is computed at once, and remembered apart. When ``budget`` is used up what
+    was computed longest ago makes room, half of all at a time; where that isn't enough for a single step, everything
+    does.
 
     Of a text whose head's input nobody asks for, an edit's own, no more is computed and kept than of the blocks up to
     the first edited one.
@@ -60,12 +62,12 @@ class FrozenStates:
         self._lay_out = lay_out
         company = list(company)
         self._company = {_key(text): texts for texts in company for text in texts}
-        self._favoured = _sizes(company)
+        self._favoured = {_key(text): len(text.ids) for texts in company for text in texts}
         self._all_about = all_about
         self._budget = budget
         self._passing: _Passing | None = None
         self._forget()
-        self._weights = self._versions()
+        self._weights = versions_of(replay.model)
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +82,7 @@ class FrozenStates:
     def prefix(self, texts: Sequence[Encoded], grid: Grid, *, together: bool = False) -> Tensor:
         """The first edited block's output at each cell of the grid that ``texts`` lie on, [G, W, d]."""
         self._know(self._prefixes, texts, together)
-        places = [self._places_of(text, self._prefixes) for text in texts]
+        places = [self._places_of(text, self._prefixes, together) for text in texts]
         # At padding stands a token of the row's own: nobody looks, but one that isn't finite would spread in the row.
         width = grid.ids.shape[1]
         index = [places[0][0]] * grid.ids.numel()
@@ -101,14 +103,14 @@ class FrozenStates:
             [rows, d], by default one for each token; those behind the last token repeat the first.
         """
         self._know(self._head_inputs, texts, together)
-        index = [place for text in texts for place in self._places_of(text, self._head_inputs)]
+        index = [place for text in texts for place in self._places_of(text, self._head_inputs, together)]
         passing = None if self._passing is None else self._passing.head_input
         padding = index[:1] * (0 if rows is None else rows - len(index))
         return _gathered(self._head_inputs, passing, index + padding)
 
     def forget_if_changed(self) -> bool:
         """Forget all if the model's weights are others than they were, or were written to; returns whether they are."""
-        weights = self._versions()
+        weights = versions_of(self._replay.model)
         changed = weights != self._weights
         if changed:
             self._forget()
@@ -120,12 +122,14 @@ class FrozenStates:
         rows = self._budget // (2 * self._attachment.blocks.width * self._replay.model.dtype.itemsize)
         self._prefixes, self._head_inputs = Kept(self._favoured, rows), Kept(self._favoured, rows)
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(weight.data_ptr(), weight._version) for weight in self._replay.model.parameters()]
-
-    def _places_of(self, text: Encoded, kept: Kept) -> range:
-        """The numbers of a text's vectors: from 0 of those that are kept, from -1 down of those that pass."""
+    def _key(self, text: Encoded, together: bool) -> Hashable:
+        """What a text's vectors are known by; those of ``company`` are always computed in it."""
         key = _key(text)
+        return (_TOGETHER, key) if together and key not in self._company else key
+
+    def _places_of(self, text: Encoded, kept: Kept, together: bool) -> range:
+        """The numbers of a text's vectors: from 0 of those that are kept, from -1 down of those that pass."""
+        key = self._key(text, together)
         if self._passing is not None and key in self._passing.starts:
             first = ~self._passing.starts[key]
             return range(first, first - len(text.ids), -1)
@@ -137,24 +141,25 @@ class FrozenStates:
         if not wanted.favours:
             self._pass([text for text in texts if _key(text) in self._company])
             texts = [text for text in texts if _key(text) not in self._company]
-        missing = self._missing(wanted, texts)
+        missing = self._missing(wanted, texts, together)
         for forget in (wanted.forget_older, wanted.forget):
-            if wanted.has_room(_sizes(missing)):
+            if wanted.has_room(self._sizes(missing, together)):
                 break
             forget()
-            missing = self._missing(wanted, texts)  # some of ``texts`` may have been in what was forgotten
+            missing = self._missing(wanted, texts, together)  # some of ``texts`` may have been in what was forgotten
         to_the_head = wanted is self._head_inputs
         for group, (starts, prefix, head_input) in self._all_observed(missing, to_the_head, together):
             for kept, vectors in ((self._prefixes, prefix), (self._head_inputs, head_input)):
                 if vectors is None:
                     continue
-                if kept is not wanted and not kept.has_room(_sizes([group])):
+                if kept is not wanted and not kept.has_room(self._sizes([group], together)):
                     kept.forget_older()
-                    if not kept.has_room(_sizes([group])):
+                    if not kept.has_room(self._sizes([group], together)):
                         continue  # nobody has asked for it yet
                 for text, start in zip(group, starts, strict=True):
-                    if not kept.knows(_key(text)):
-                        kept.put(_key(text), vectors[start : start + len(text.ids)])
+                    key = self._key(text, together)
+                    if not kept.knows(key):
+                        kept.put(key, vectors[start : start + len(text.ids)])
 
     def _all_observed(
         self, groups: Sequence[Sequence[Encoded]], to_the_head: bool, together: bool
@@ -192,11 +197,11 @@ class FrozenStates:
             grid.starts, observed.prefix.flatten(0, 1), None if head_input is None else head_input.flatten(0, 1)
         )
 
-    def _missing(self, kept: Kept, texts: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+    def _missing(self, kept: Kept, texts: Sequence[Encoded], together: bool) -> list[Sequence[Encoded]]:
         """Groups of texts to compute, so that all of ``texts`` are kept."""
         groups: dict[Hashable, Sequence[Encoded]] = {}
         for text in texts:
-            if not kept.knows(_key(text)):
+            if not kept.knows(self._key(text, together)):
                 group = self._group(text)
                 groups.setdefault(_key(group[0]), group)
         return list(groups.values())
@@ -208,18 +213,21 @@ class FrozenStates:
         return self._company.get(_key(text), (text,))
 
     def _joined(self, groups: Sequence[Sequence[Encoded]]) -> list[list[Sequence[Encoded]]]:
-        """Groups that are computed at once, each of texts that shall stay as they are, or each of others."""
-        joined: list[list[Sequence[Encoded]]] = []
-        for stay in (True, False):
+        """Groups that are computed at once: of texts about subjects, or of those without company."""
+        joined = [[group] for group in groups if _key(group[0]) in self._company]
+        for about in (True, False):
             texts = _TOGETHER
             for group in groups:
-                if self._shall_stay(group[0]) == stay:
+                if _key(group[0]) not in self._company and (group[0].about is not None) == about:
                     texts += len(group)
                     if texts > _TOGETHER:
                         joined.append([])
                         texts = len(group)
                     joined[-1].append(group)
         return joined
+
+    def _sizes(self, groups: Iterable[Sequence[Encoded]], together: bool) -> dict[Hashable, int]:
+        return {self._key(text, together): len(text.ids) for group in groups for text in group}
 
     def _shall_stay(self, text: Encoded) -> bool:
         return text.about is not None or _key(text) in self._company
@@ -252,10 +260,6 @@ class _Passing:
 def _key(text: Encoded) -> Hashable:
     """What is the same text: also of texts with the same tokens, those of different company are different."""
     return text.ids if text.about is None else (text.about, text.ids)
-
-
-def _sizes(groups: Iterable[Sequence[Encoded]]) -> dict[Hashable, int]:
-    return {_key(text): len(text.ids) for group in groups for text in group}
 
 
 def _gathered(kept: Kept, passing: Tensor | None, index: Sequence[int]) -> Tensor:

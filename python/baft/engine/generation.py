@@ -65,13 +65,15 @@ def generate_texts(
 
         with evaluating(model):
             if options:
+                # A configuration of the caller's says itself where texts end.
+                own_end = {} if "generation_config" in options else {"eos_token_id": ends_of(model, encoder) or None}
                 with edited(range(len(chosen)), batch):
                     generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
                         input_ids=batch.ids,
                         attention_mask=batch.attention_mask,
                         max_new_tokens=max_new_tokens,
                         pad_token_id=encoder.pad_id,
-                        **{"do_sample": False, "eos_token_id": ends_of(model, encoder) or None, **options},
+                        **{"do_sample": False, **own_end, **options},
                     )
                 new = generated[:, batch.ids.shape[1] :].tolist()
             else:

@@ -16,7 +16,7 @@ WRITTEN_AHEAD = 64
 """Requests that texts are written for together, where more are known than the next."""
 
 # How much of each kind is remembered as words, so that no step waits for a tokenizer.
-_REMEMBERED = 1 << 15
+_REMEMBERED = 1 << 17
 
 # Where an answer ends; the marks of Chinese and Japanese too.
 _END = re.compile("[.,;:!?\n\u3002\uff0c\uff1b\uff1a\uff01\uff1f]")
@@ -40,8 +40,7 @@ class Surroundings:
         self._continuations = continuations
         self._encoder = encoder
         self._count = count
-        self._branches = lru_cache(_REMEMBERED)(self._written_of)
-        self._answer = lru_cache(_REMEMBERED)(self._answer_to)
+        self._answer_in = lru_cache(_REMEMBERED)(self._cut_to_answer)
         self._column = lru_cache(_REMEMBERED)(self._find_column)
         self._told = lru_cache(_REMEMBERED)(self._told_by)
         self._said = lru_cache(_REMEMBERED)(self._say)
@@ -81,8 +80,6 @@ class Surroundings:
     def forget(self) -> None:
         """The model has changed: what it said is no longer what it says."""
         self._continuations.forget()
-        self._branches.cache_clear()
-        self._answer.cache_clear()
 
     def of(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts about a request's subject that tell of no edit; none if it has no subject."""
@@ -162,13 +159,17 @@ class Surroundings:
     def _asked_of(self, subject: str) -> Asked:
         return Asked(self._start(subject).ids, self._count)
 
-    def _written_of(self, subject: str) -> list[Tokens]:
+    def _branches(self, subject: str) -> list[Tokens]:
+        """All texts about a subject."""
         return self._continuations.of(self._asked_of(subject))
 
-    def _answer_to(self, prompt: Tokens) -> str:
+    def _answer(self, prompt: Tokens) -> str:
         """What the unedited model answers to an edit's prompt."""
         (known,) = self._continuations.of(Asked(prompt))
-        return _END.split(self._text(known[len(prompt) :]).strip(), maxsplit=1)[0].strip().casefold()
+        return self._answer_in(known[len(prompt) :])
+
+    def _cut_to_answer(self, said: Tokens) -> str:
+        return _END.split(self._text(said).strip(), maxsplit=1)[0].strip().casefold()
 
     def _encode(self, subject: str) -> Encoded:
         return self._encoder.prompt(subject, subject)

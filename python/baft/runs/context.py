@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from baft.distributed import ALONE, World
-from baft.editing import Editor
+from baft.editing import Editor, LooksAhead
 from baft.evaluation.measures import Evaluator
 from baft.requests import EditRequest
 from baft.runs.checkpoints import Checkpoint, Checkpoints
@@ -64,6 +64,11 @@ class RunContext:
     def checkpoint(self, done: int) -> Checkpoint | None:
         """The newest one of no more than so many edits and settling rounds."""
         return self.world.first_ones(self.checkpoints.newest(done) if self.checkpoints and done else None)
+
+    def close(self) -> None:
+        """Let the editor be as it is without a run."""
+        if isinstance(self.editor, LooksAhead):
+            self.editor.keep_written_in(None)
 
     def say(self, text: str) -> None:
         """Say something aloud, and keep it."""

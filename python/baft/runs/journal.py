@@ -285,6 +285,7 @@ class Journal:
         with self._transaction() as connection:
             if drop:
                 connection.execute("INSERT OR IGNORE INTO dropped VALUES (?)", (position,))
+                connection.execute("DELETE FROM continued")  # some were written together with this request's
             left = connection.execute("SELECT count(*) FROM edits WHERE position < ?", (position,)).fetchone()[0]
             connection.execute("DELETE FROM edits WHERE position >= ?", (position,))
             connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))

@@ -104,7 +104,14 @@ def run_edits(
         log=log,
         world=world,
     )
-    journal = context.journal
+    try:
+        return _run(context, mode, folder, description)
+    finally:
+        context.close()
+
+
+def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description: dict[str, Any] | None) -> RunReport:
+    journal, editor = context.journal, context.editor
     journal.begin_session(len(journal.positions()))
     journal.describe({**(description or {}), **describe(context, mode)})
     for conflict in context.conflicts[:_NAMED]:

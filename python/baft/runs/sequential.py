@@ -47,6 +47,8 @@ class SequentialRun:
         self._settled = 0
         # Of the edits that this process made: how many, how many were answered rightly at once, and since when.
         self._made = self._right = 0
+        # What asking ahead took, for each of the requests asked about.
+        self._ahead_seconds = 0.0
         self._began = time.perf_counter()
 
     # -- going on --------------------------------------------------------------------------------------------------
@@ -56,6 +58,10 @@ class SequentialRun:
         context, journal = self._context, self._context.journal
         done, diverged = journal.positions(), journal.diverged()
         known = context.checkpoint(len(done) + len(journal.settling()))
+        if journal.dropped():  # with it went the texts that were written in its company
+            order = context.order()
+            for first in range(0, len(done), _ASKED_AHEAD):
+                self._ask_ahead(context.at(order[first : first + _ASKED_AHEAD]))
         for damage in context.checkpoints.damaged if context.checkpoints else ():
             context.say(f"{damage}; going on from {min(known.done, len(done)) if known else 'no'} edits")
         edits = 0
@@ -129,13 +135,15 @@ class SequentialRun:
         editor = self._context.editor
         self._context.evaluator.record_base(requests)
         if isinstance(editor, LooksAhead):
+            began = time.perf_counter()
             editor.look_ahead(requests)
+            self._ahead_seconds = (time.perf_counter() - began) / len(requests)
 
     def _edit(self, position: int) -> EditRecord:
         context, request = self._context, self._context.requests[position]
         began = time.perf_counter()
         curve, steps = self._train(position)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began + self._ahead_seconds
         immediate = context.evaluator.measure([request])[0]
         if curve.diverged:
             context.say(f"edit {position} had no finite loss: it is left out, and the editor as it was before it")
