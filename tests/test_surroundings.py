@@ -257,3 +257,17 @@ def test_a_lesson_has_texts_about_its_subjects_and_others() -> None:
     editor = tiny_editor(unrelated_per_step=4, subject_texts=0)
     trainer = editor._begin()
     assert all(text in pool for text in trainer.lesson([ROWS[0]]).unrelated)
+
+
+@pytest.mark.parametrize("positions", ["last", "f1+l1", "l2", "all", "prompt", "subject", "f3"])
+def test_where_edits_are_at_a_prompts_end_texts_end_anywhere_in_their_second_half(positions: str) -> None:
+    """Else none of them would be edited where a question about it is."""
+    trainer = tiny_editor(positions=positions, unrelated_per_step=8, subject_texts=6)._begin()
+    whole = {text.ids for text in trainer.unrelated.draw(100, trainer.generator)}
+    drawn = [text for _ in range(50) for text in trainer.lesson([ROWS[0]]).unrelated]
+    ends = {ids: {text.prompt_length for text in drawn if text.ids == ids} for ids in whole}
+    for ids, found in ends.items():
+        anywhere = {*range((len(ids) + 1) // 2, len(ids) + 1)} - {0}
+        assert found == (anywhere if "l" in positions.replace("all", "") else {len(ids)})
+    about = [text for text in drawn if text.about]
+    assert about and (len({text.prompt_length - len(text.ids) for text in about}) > 1) == trainer._from_the_end

@@ -50,6 +50,11 @@ class Positions:
     def every_token(self) -> bool:
         return self.spec == "all"
 
+    @property
+    def from_the_end(self) -> bool:
+        """Whether it depends on where the prompt ends."""
+        return self.spec == "last" or (self.spec not in ("all", "prompt", "subject") and self._first_last()[1] > 0)
+
     def select(self, tokens: PromptTokens) -> Tensor:
         """The chosen columns, boolean [B, S], in the coordinates of ``tokens``.
 

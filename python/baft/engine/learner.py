@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from baft.engine.retellings import Retellings
 from baft.engine.step import Lesson
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
+from baft.positions import Positions
 
 __all__ = ["DivergedError", "Ended", "Learner", "Plan", "Planned"]
 
@@ -77,6 +78,7 @@ class Learner(ABC):
         self.unrelated = unrelated
         self.surroundings = surroundings
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._from_the_end = Positions(config.positions).from_the_end
         self.walk = Walk()
         self._reservoir = None if config.rehearsal_buffer is None else Reservoir(config.rehearsal_buffer)
 
@@ -113,7 +115,18 @@ class Learner(ABC):
         told = self._told(new, generator) if known is None else [self._in_some_words(row, generator) for row in new]
         again = [self._in_some_words(row, generator) for row in rehearsed]
         edits = [*told, *(row for row in again if row.asked not in asked)]
-        return Lesson(edits, [*near, *self.unrelated.draw(wanted - len(near), generator)], set)
+        unrelated = [*near, *self.unrelated.draw(wanted - len(near), generator)]
+        return Lesson(edits, [self._as_prompt(text, generator) for text in unrelated], set)
+
+    def _as_prompt(self, text: Encoded, generator: torch.Generator) -> Encoded:
+        """A text that shall stay as it is. Where edits are at a prompt's end, it ends anywhere in its second half.
+
+        There, where what it tells begins, a question about it would end; at the text's own end nobody asks.
+        """
+        if not self._from_the_end or not text.ids:
+            return text
+        length = len(text.ids)
+        return replace(text, prompt_length=int(torch.randint((length + 1) // 2, length + 1, (), generator=generator)))
 
     def _near(self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
         """Texts about the subjects of a lesson: all that there are of a single new request, one of each other."""
