@@ -33,15 +33,21 @@ COMPANY = next(POOL.in_chunks(64))
 
 
 class Memory:
-    """What ``FrozenStates`` remembers of a model whose block 1 is the first that is edited."""
+    """What ``FrozenStates`` remembers of a model whose block 1 is the first that is edited.
 
-    def __init__(self, model: PreTrainedModel | None = None, *, memory: int = 1 << 30) -> None:
+    Args:
+        together: a subject's texts are computed together, as on a GPU.
+    """
+
+    def __init__(self, model: PreTrainedModel | None = None, *, memory: int = 1 << 30, together: bool = False) -> None:
         self.model = model or tiny_model()
         self.attachment = attach(self.model, layers=(1, 2))
         self.surroundings = Surroundings(Continuations(self.model, self.attachment.disabled, ENCODER), ENCODER, 6)
         options = EngineOptions(memory=memory)
         self.passes = Passes(self.model, self.attachment, ENCODER, POOL, self.surroundings, options)
         self.states = self.passes._frozen
+        if together:
+            self.states._all_about = self.surroundings.all_about
 
     def of(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
         """Of each text what the first edited block returns, and what the head is given, asked for in one step."""
@@ -386,7 +392,7 @@ def test_edits_come_out_alike_with_little_memory() -> None:
 
 
 def test_texts_about_a_subject_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, later = Memory(), Memory()
+    memory, later = Memory(together=True), Memory(together=True)
     texts = memory.surroundings.all_about("Ada Lund")
     assert len(texts) > 2
     with watched(monkeypatch) as computed:
@@ -394,6 +400,9 @@ def test_texts_about_a_subject_are_computed_together(monkeypatch: pytest.MonkeyP
     assert computed == [tokens(*texts)]
     for k in reversed(range(len(texts))):
         assert_same(later.of([texts[k], EDITS[1]])[:1], expected[k : k + 1])
+    with watched(monkeypatch) as computed:
+        Memory().of(texts[:2])
+    assert computed == [tokens(text) for text in texts[:2]]
 
 
 def test_the_same_tokens_about_two_subjects_are_two_texts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,8 @@ class FrozenStates:
         attachment: its interventions, which are switched off meanwhile.
         lay_out: makes a grid of texts.
         company: texts that are computed together.
-        all_about: likewise, those that the unedited model wrote of a subject. Every other text is computed alone.
+        all_about: likewise, those that the unedited model wrote of a subject; None computes each of them alone, as
+            every other text.
         budget: bytes to remember in.
     """
 
@@ -54,7 +55,7 @@ class FrozenStates:
         attachment: Attachment,
         lay_out: Callable[[Sequence[Encoded]], Grid],
         company: Iterable[Sequence[Encoded]],
-        all_about: Callable[[str], Sequence[Encoded]],
+        all_about: Callable[[str], Sequence[Encoded]] | None,
         budget: int,
     ) -> None:
         self._replay = replay
@@ -208,7 +209,7 @@ class FrozenStates:
 
     def _group(self, text: Encoded) -> Sequence[Encoded]:
         """A text with its company."""
-        if text.about is not None:
+        if text.about is not None and self._all_about is not None:
             return self._all_about(text.about)
         return self._company.get(_key(text), (text,))
 

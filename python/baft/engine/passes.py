@@ -119,7 +119,8 @@ class Passes:
             attachment,
             self._lay_out,
             unrelated.in_chunks(_COMPANY),
-            surroundings.all_about,
+            # A GPU computes a subject's texts as fast as one of them; a CPU does no more than what a step asks for.
+            surroundings.all_about if device_of(model).type == "cuda" else None,
             options.memory,
         )
 
