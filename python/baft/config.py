@@ -21,11 +21,10 @@ class BaftConfig(BaseModel):
     The method's authors published no code, so each choice here is ours. The defaults were found by trials on FactWorld
     edits, not all of which are on file: in bench/results, ``factworld_editing_*.md`` has what 100 edits gave,
     ``factworld_tuning_batch.md`` a grid of learning rates and locality weights, and ``factworld_ablations_batch.md``
-    what changing one of them did, when there were no ``subject_texts``, ``retellings`` and ``settling_rounds`` and
-    ``locality_weight`` was 40. ``factworld-large_capacity_200.md`` takes the defaults away one at a time,
-    ``factworld-paragraphs_long_targets.md`` has ``chunk_tokens`` and ``smoothing``, and ``long_run_*`` have a thousand
-    edits, with settings that are said there. No larger model was at hand: for one, ``layers``, ``rank`` and
-    ``learning_rate`` are the first to tune.
+    what changing one of them does to a batch. ``factworld-large_capacity_200.md`` takes the defaults away one at a time
+    from a sequence, ``factworld-paragraphs_long_targets.md`` has ``chunk_tokens`` and ``smoothing``, and ``long_run_*``
+    have a thousand edits, with settings that are said there. No larger model was at hand: for one, ``layers``, ``rank``
+    and ``learning_rate`` are the first to tune.
 
     Attributes:
         rank: r, the number of bases in each edited block.
