@@ -40,7 +40,8 @@ def tests(reports: str) -> None:
 
     Each has its share of the tests, and writes what came of them to a file in ``reports``, even if it is stopped.
     """
-    files = [*sorted((ROOT / "tests").glob("test_triton*.py")), ROOT / "tests/test_gpu.py"]
+    folder = ROOT / "tests"
+    files = [*sorted(folder.glob("test_triton*.py")), folder / "test_gpu.py", folder / "test_gpu_engine.py"]
     count = min(16, os.cpu_count() or 1)
     options = "-v --tb=short -p no:cacheprovider -o faulthandler_timeout=60".split()
     command = [sys.executable, "-m", "pytest", *options]

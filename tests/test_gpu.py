@@ -6,7 +6,6 @@ Skipped where there is no GPU. The kernels' own tests run without one, in Triton
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -365,49 +364,6 @@ def test_a_graph_of_grouped_calls_sees_new_adapters(backend: str) -> None:
             ids.copy_(torch.tensor(new))
             graph.replay()
             assert torch.equal(out, grouped_baft(*call[:6], ids, backend=backend))
-
-
-@pytest.mark.parametrize("mode", ["sequential", "batch", "single"])
-@pytest.mark.parametrize("changes", [{}, {"locality_loss": "update", "balance_weight": 0.1, "positions": "subject"}])
-def test_editing_by_graphs_is_editing(mode: Any, changes: dict[str, Any]) -> None:
-    pytest.importorskip("transformers")
-    from tiny import REQUESTS, tiny_editor, tiny_model
-
-    from baft.engine.options import EngineOptions
-
-    found = []
-    for graphs in (True, False):
-        options = EngineOptions(graphs=graphs, slots=2)
-        editor = tiny_editor(tiny_model().to(GPU), options=options, max_steps=8, batch_passes=8, **changes)
-        curves = [outcome.curve for outcome in editor.edit(REQUESTS, mode)]
-        found.append(([curve.steps for curve in curves], [curve.losses[-1] for curve in curves]))
-        engine = editor.engine_report()
-        report = engine["abreast"]["graphs"] if mode == "single" else engine["graphs"]
-        assert re.fullmatch(r"captured [1-9]\d* shapes?", report) if graphs else report == "no: switched off"
-    assert found[0][0] == found[1][0]
-    assert found[0][1] == pytest.approx(found[1][1], rel=0.02)  # padding rounds otherwise, and steps add it up
-
-
-def test_edited_models_say_what_they_say_on_the_cpu() -> None:
-    """Side by side, texts that have ended leaving the batch; and so does the unedited one of the edits' subjects."""
-    pytest.importorskip("transformers")
-    from tiny import REQUESTS, moved_from_identity, tiny_editor, tiny_model
-
-    prompts = [request.prompt for request in REQUESTS] * 3
-    ids = [k % 2 for k in range(len(prompts))]
-    states: list[dict[str, Tensor]] = []
-    found = []
-    for device in ("cpu", GPU):
-        model = tiny_model().to(device)
-        model.generation_config.eos_token_id = [2, *range(40, 60)]
-        editor = tiny_editor(model, subject_texts=6)
-        for seed in (0, 1) if device == "cpu" else ():
-            states.append(moved_from_identity(editor, scale=2.0, seed=seed).state())
-        said = editor.generate(prompts, adapters=editor.bank(states), adapter_ids=ids, max_new_tokens=12)
-        editor.look_ahead(REQUESTS)
-        surroundings = editor._begin().surroundings
-        found.append((said, [surroundings.of(editor._encode(request)) for request in REQUESTS]))
-    assert found[0] == found[1]
 
 
 @every_backend

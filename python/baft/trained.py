@@ -17,6 +17,7 @@ from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
 from baft.engine.continuations import Continuations, KeptContinuations
+from baft.engine.decoding import generate
 from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
@@ -293,13 +294,7 @@ class TrainedEditor(ABC):
         ids = torch.full((_SELF_WRITTEN, 1), start, device=device_of(self.model))
         with torch.random.fork_rng(), self.disabled(), torch.no_grad():
             torch.manual_seed(self.config.seed)
-            written = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor or module
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                max_new_tokens=32,
-                pad_token_id=self.encoder.pad_id,
-            )
+            written = generate(self.model, self.encoder, ids, torch.ones_like(ids), do_sample=True, max_new_tokens=32)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         texts = [text.strip() for text in texts if text.strip()]
         if not texts:

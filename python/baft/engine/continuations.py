@@ -8,10 +8,9 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from baft.engine.decoding import ends_of, greedily_continued
+from baft.engine.decoding import ends_of, generate, greedily_continued
 from baft.engine.encoding import Encoded, Encoder, TokenBatch, Tokens, most_tokens
 from baft.engine.generation import batches_by_length
 from baft.engine.modes import evaluating
@@ -139,23 +138,16 @@ class Continuations:
         found: list[list[Tokens]] = [[] for _ in asked]
         for chosen in batches_by_length([len(one.prompt) for one in asked], _TOGETHER):
             batch = self._batch([asked[k].prompt for k in chosen])
-            generated = self._model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-                input_ids=batch.ids,
-                attention_mask=batch.attention_mask,
-                do_sample=False,
-                max_new_tokens=1,
-                pad_token_id=self._encoder.pad_id,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            scores = generated.logits[0].index_fill(1, self._ends.to(batch.ids.device), -torch.inf)
+            how = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+            scores = generate(self._model, self._encoder, batch.ids, batch.attention_mask, **how).logits[0]
+            scores[:, ends_of(self._model, self._encoder)] = -torch.inf
             for line, k in enumerate(chosen):
                 found[k] = [(token,) for token in scores[line].topk(asked[k].branches).indices.tolist()]
         return found
 
     def _continued(self, texts: Sequence[Tokens]) -> list[Tokens]:
         """Greedily, as far as the model has positions, and without what comes behind an end."""
-        limit, ends = most_tokens(self._model), self._ends.tolist()
+        limit, ends = most_tokens(self._model), ends_of(self._model, self._encoder)
         rooms = [_LENGTH if limit is None else min(_LENGTH, limit - len(text)) for text in texts]
         found = list(texts)
         for room in {room for room in rooms if room > 0}:
@@ -170,7 +162,3 @@ class Continuations:
 
     def _batch(self, texts: Sequence[Tokens]) -> TokenBatch:
         return self._encoder.batch([Encoded(text, len(text)) for text in texts], device_of(self._model), side="left")
-
-    @property
-    def _ends(self) -> Tensor:
-        return torch.tensor(ends_of(self._model, self._encoder), dtype=torch.long)

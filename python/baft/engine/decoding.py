@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from baft.engine.encoding import Encoder, TokenBatch
 
-__all__ = ["ends_of", "greedily_continued"]
+__all__ = ["ends_of", "generate", "greedily_continued"]
 
 # Texts below which none leaves before all have ended: going on without some takes longer than a step with them.
 _FEW = 8
@@ -38,6 +38,13 @@ def ends_of(model: PreTrainedModel, encoder: Encoder) -> list[int]:
     of_model = model.generation_config.eos_token_id if model.generation_config else None
     ends = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in (encoder.tokenizer.eos_token_id, *ends) if token is not None})
+
+
+def generate(model: PreTrainedModel, encoder: Encoder, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """transformers' ``generate``, greedy unless ``options`` for it say otherwise."""
+    return model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
+        input_ids=ids, attention_mask=mask, pad_token_id=encoder.pad_id, **{"do_sample": False, **options}
+    )
 
 
 def greedily_continued(
@@ -66,13 +73,13 @@ def greedily_continued(
     while left:
         enough = _HalfHaveEnded(torch.tensor(ends, device=ids.device), width)
         with meanwhile(left, batch[left]):
-            generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-                input_ids=ids,
-                attention_mask=mask,
+            generated = generate(
+                model,
+                encoder,
+                ids,
+                mask,
                 past_key_values=cache,
-                do_sample=False,
                 max_new_tokens=width + max_new_tokens - ids.shape[1],
-                pad_token_id=encoder.pad_id,
                 eos_token_id=ends or None,
                 stopping_criteria=[enough] if leaving and len(left) >= _FEW else [],
                 return_dict_in_generate=True,

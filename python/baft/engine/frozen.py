@@ -126,7 +126,7 @@ class FrozenStates:
     def _key(self, text: Encoded, together: bool) -> Hashable:
         """What a text's vectors are known by; those of ``company`` are always computed in it."""
         key = _key(text)
-        return (_TOGETHER, key) if together and key not in self._company else key
+        return (key, "together") if together and key not in self._company else key
 
     def _places_of(self, text: Encoded, kept: Kept, together: bool) -> range:
         """The numbers of a text's vectors: from 0 of those that are kept, from -1 down of those that pass."""

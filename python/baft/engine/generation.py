@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from baft.attach import Attachment
 from baft.bank import AdapterBank
-from baft.engine.decoding import ends_of, greedily_continued
+from baft.engine.decoding import ends_of, generate, greedily_continued
 from baft.engine.encoding import Encoder, TokenBatch
 from baft.engine.modes import evaluating
 from baft.placement import device_of
@@ -68,13 +68,8 @@ def generate_texts(
                 # A configuration of the caller's says itself where texts end.
                 own_end = {} if "generation_config" in options else {"eos_token_id": ends_of(model, encoder) or None}
                 with edited(range(len(chosen)), batch):
-                    generated = model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
-                        input_ids=batch.ids,
-                        attention_mask=batch.attention_mask,
-                        max_new_tokens=max_new_tokens,
-                        pad_token_id=encoder.pad_id,
-                        **{"do_sample": False, **own_end, **options},
-                    )
+                    how = {"max_new_tokens": max_new_tokens, **own_end, **options}
+                    generated = generate(model, encoder, batch.ids, batch.attention_mask, **how)
                 new = generated[:, batch.ids.shape[1] :].tolist()
             else:
                 new = greedily_continued(model, encoder, batch, max_new_tokens, edited)
