@@ -7,14 +7,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from baft import objective
 from baft.attach import Attachment, LayerRecord
 from baft.engine.buckets import rounded_up
+from baft.engine.divergence import divergence_in_pieces, rows_of_a_piece
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.frozen import FrozenStates
 from baft.engine.grid import Grid, lay_out
@@ -75,14 +78,13 @@ class Passed:
 
     Attributes:
         answers: logits at the inputs' ``answer_cells``, [M, V].
-        edited, unedited: logits at its ``unrelated_cells``, of the edited and, without gradient, of the unedited model,
-            [K, V] each; None if they weren't asked for.
+        divergence: of the predictions at its ``unrelated_cells`` from the unedited model's, as
+            ``objective.kl_to_base`` has it, [K]; None if predictions weren't asked for.
         records: by layer what the interventions did, if that was asked for.
     """
 
     answers: Tensor
-    edited: Tensor | None
-    unedited: Tensor | None
+    divergence: Tensor | None
     records: Mapping[int, LayerRecord]
 
 
@@ -190,31 +192,40 @@ class Passes:
             grouped: the interventions that hold the sets; None is the attachment's own, one set.
             records: give ``records``.
         """
-        grid, cells = inputs.grid, inputs.answer_cells
-        if inputs.predictions:
-            cells = torch.cat((cells, inputs.unrelated_cells))
+        grid = inputs.grid
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.attachment.rows(grid.edited))
             if grouped is not None:
                 stack.enter_context(self.attachment.sets(grouped, grid.sets))
             seen = stack.enter_context(self.attachment.recording()) if records else {}
-            logits, unedited = stack.enter_context(
-                self._replay.run(
-                    grid,
-                    cells,
-                    prefix=inputs.prefix,
-                    unedited_input=inputs.head_input,
-                    head_everywhere=not self.options.head_where_needed,
-                )
-            )
-            # Split, not sliced: the gradient is then put together once, and not summed of parts filled up with zeros.
-            answers, edited = logits.split((len(inputs.answer_cells), len(cells) - len(inputs.answer_cells)))
-            yield Passed(
-                answers,
-                edited if inputs.predictions else None,
-                inputs.unedited if unedited is None else unedited,
-                seen,
-            )
+            answers, divergence = stack.enter_context(self._looked_at(inputs))
+            yield Passed(answers, divergence, seen)
+
+    @contextmanager
+    def _looked_at(self, inputs: PassInputs) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What the losses look at: ``Passed.answers`` and ``Passed.divergence``."""
+        run = partial(
+            self._replay.run,
+            inputs.grid,
+            prefix=inputs.prefix,
+            head_everywhere=not self.options.head_where_needed,
+        )
+        answers = inputs.answer_cells
+        if not inputs.predictions:
+            with run(answers) as ran:
+                yield ran.logits, None
+        elif inputs.head_input is not None and self._replay.ends_with_head and self.options.head_where_needed:
+            with run(answers, further=inputs.unrelated_cells) as ran:
+                assert ran.head_input is not None
+                rows = rows_of_a_piece(ran.logits.shape[-1], ran.head_input.device)
+                yield ran.logits, divergence_in_pieces(self._replay.head, ran.head_input, inputs.head_input, rows)
+        else:
+            with run(torch.cat((answers, inputs.unrelated_cells)), unedited_input=inputs.head_input) as ran:
+                # Split, not sliced: the gradient is then put together once, not summed of parts filled up with zeros.
+                logits, edited = ran.logits.split((len(answers), len(inputs.unrelated_cells)))
+                unedited = inputs.unedited if ran.unedited is None else ran.unedited
+                assert unedited is not None
+                yield logits, objective.kl_to_base(edited, unedited)
 
     def report(self) -> dict[str, Any]:
         """How texts were laid out so far, for people."""
@@ -230,8 +241,8 @@ class Passes:
         padding = 0 if rows is None else rows - len(cells)
         wanted = sent(cells + [0] * padding, grid.ids.device)
         everywhere = not self.options.head_where_needed
-        with self.attachment.disabled(), self._replay.run(grid, wanted, head_everywhere=everywhere) as logits:
-            return logits.edited
+        with self.attachment.disabled(), self._replay.run(grid, wanted, head_everywhere=everywhere) as ran:
+            return ran.logits
 
     def _lay_out(
         self,

@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 from baft.attach import Blocks
 from baft.engine.grid import Grid
 
-__all__ = ["Logits", "Observed", "Replay"]
+__all__ = ["Observed", "Ran", "Replay"]
 
 Forward = Callable[..., Any]
 
 
-class Logits(NamedTuple):
-    """Logits at chosen cells, [M, V], and the unedited model's at others, or None."""
+class Ran(NamedTuple):
+    """Logits at chosen cells, [M, V]; the unedited model's of what its head was given elsewhere, [K, V], or None; and
+    what the head would be given at further cells, [N, d], or None."""
 
-    edited: Tensor
+    logits: Tensor
     unedited: Tensor | None
+    head_input: Tensor | None
 
 
 class Observed(NamedTuple):
@@ -55,8 +57,10 @@ class Replay:
         self.blocks = blocks
         self.first = first
         self.head = _head(model)
-        # Whether blocks return tuples; known when the model has been observed.
+        # Known when the model has been observed: whether blocks return tuples, and whether the head's logits are the
+        # model's own, which may scale or cap them, or spread the head over devices by hooks.
         self._returns_tuple = False
+        self.ends_with_head = False
 
     @torch.no_grad()
     def observe(self, grid: Grid, *, to_the_head: bool = True) -> Observed:
@@ -76,13 +80,17 @@ class Replay:
 
         def watch_head(x: Tensor) -> Any:
             seen["head_input"] = x
-            return run_head(x[:, :1])
+            seen["logits"] = run_head(x[:, :1])
+            return seen["logits"]
 
         skipped = () if to_the_head else tuple(self.blocks.modules[self.first + 1 :])
         through = [(later, self._returning(None)) for later in skipped]
         with _forwards([(block, watch_block), (self.head, watch_head), *through]):
-            self.model(**grid.inputs())
-        return Observed(seen["prefix"], seen["head_input"] if to_the_head else None)
+            logits = self.model(**grid.inputs()).logits
+        if not to_the_head:
+            return Observed(seen["prefix"], None)
+        self.ends_with_head = logits is seen["logits"]
+        return Observed(seen["prefix"], seen["head_input"])
 
     @contextmanager
     def run(
@@ -92,8 +100,9 @@ class Replay:
         *,
         prefix: Tensor | None = None,
         unedited_input: Tensor | None = None,
+        further: Tensor | None = None,
         head_everywhere: bool = False,
-    ) -> Iterator[Logits]:
+    ) -> Iterator[Ran]:
         """Run the model; to be left after the backward pass, since checkpointed blocks are run once more in it.
 
         Args:
@@ -102,15 +111,19 @@ class Replay:
             prefix: of each cell what ``observe`` saw of the first edited block, [G, W, d], at padding anything finite;
                 None runs the blocks up to there.
             unedited_input: what the head was given elsewhere by the unedited model, [K, d], or None.
+            further: cells where the head's input is wanted, [N], or None.
             head_everywhere: make the logits of every cell, and choose then.
 
         Yields:
-            Logits [M, V] at ``cells``, and [K, V] of ``unedited_input``, which take no gradient.
+            Logits at ``cells``; of ``unedited_input``, which take no gradient; and the head's input at ``further``.
         """
-        run_head = self.head.forward
+        run_head, seen = self.head.forward, None
 
         def head(x: Tensor) -> Tensor:
+            nonlocal seen
             x = x.flatten(0, -2)
+            if further is not None:
+                seen = x.index_select(0, further.to(x.device))
             logits: Tensor = run_head(x if head_everywhere else x.index_select(0, cells.to(x.device)))
             if unedited_input is not None:
                 with torch.no_grad():
@@ -118,18 +131,20 @@ class Replay:
                 logits = torch.cat((logits, unedited))
             return logits.unsqueeze(0)  # as a batch of one, for what the model does to logits
 
-        replaced: list[tuple[nn.Module, Forward]] = [(self.head, head)]
+        blocks: list[tuple[nn.Module, Forward]] = []
         if prefix is not None:
-            replaced += [(block, self._returning(None)) for block in self.blocks.modules[: self.first]]
-            replaced.append((self.blocks.modules[self.first], self._returning(prefix)))
-        with _forwards(replaced):
-            logits = self.model(**grid.inputs()).logits.squeeze(0)
+            blocks += [(block, self._returning(None)) for block in self.blocks.modules[: self.first]]
+            blocks.append((self.blocks.modules[self.first], self._returning(prefix)))
+        with _forwards(blocks):
+            with _forwards([(self.head, head)]):
+                logits = self.model(**grid.inputs()).logits.squeeze(0)
             unedited = None
             if unedited_input is not None:
                 logits, unedited = logits.split((len(logits) - len(unedited_input), len(unedited_input)))
-            yield Logits(
+            yield Ran(
                 logits.index_select(0, cells.to(logits.device)) if head_everywhere else logits,
                 None if unedited is None else unedited.detach(),
+                seen,
             )
 
     def _returning(self, h: Tensor | None) -> Forward:

@@ -248,10 +248,8 @@ class TrainingStep:
             loss = _means(taught, inputs.edits, inputs.edit_share)
             if config.balance_weight > 0:
                 loss = loss + config.balance_weight * self._balance(passed, inputs)
-            if passed.edited is not None:
-                assert passed.unedited is not None
-                change = objective.kl_to_base(passed.edited, passed.unedited)
-                changes = _means(change, inputs.unrelated_tokens, inputs.unrelated_share)
+            if passed.divergence is not None:
+                changes = _means(passed.divergence, inputs.unrelated_tokens, inputs.unrelated_share)
                 loss = loss + config.locality_weight * changes
             if by_update:
                 loss = loss + config.locality_weight * self._relative_update(passed, inputs)
