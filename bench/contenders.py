@@ -113,7 +113,7 @@ def edit_plainly(subject: Subject, mode: Mode, task: str, count: int, rounds: in
                 if mode == "single":
                     plain.restart()
                 draw = draw_for([number], range(number) if mode == "sequential" else ())
-                steps += plain.edit(draw)[0]
+                steps += plain.edit(draw, alone=mode == "single")[0]
         return Timed(None if mode == "batch" else count, now(subject) - start, steps, memory.bytes())
 
 

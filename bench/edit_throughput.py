@@ -5,12 +5,13 @@
     python bench/edit_throughput.py --model cf1200 --dataset "counterfact_3k.json[:1200]"  a testbed of `baft testbed`
     python bench/edit_throughput.py --shape llama-2-7b  real shapes with random weights, on a GPU
 
-Three tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: 48 unrelated texts more at
-each step, whose predictions shall stay. *by default*: some of these are what the model says of the subject, which it
-has to write first, and the edit is retold in its words. The last table has the operations of a step's matrix products,
-and how long these take alone. Variants take turns, and seconds are medians over rounds. "Plain" is
-bench/plain_editing.py; "times plain" compares steps, of a batch the plain one's first few. MiB is what editing takes at
-most beyond the model, in ours all that it keeps of texts. Results go to bench/results/ as JSON, Markdown and a picture.
+Three tasks. *edit*: the loss of the request alone, at each step one text. *edit + locality*: unrelated texts more at
+each step, 48 or of a single edit 16, whose predictions shall stay. *by default*: some of these are what the model says
+of the subject, which it has to write first, and the edit is retold in its words. The last table has the operations of a
+step's matrix products, and how long these take alone. Variants take turns, and seconds are medians over rounds. "Plain"
+is bench/plain_editing.py; "times plain" compares steps, of a batch the plain one's first few. MiB is what editing takes
+at most beyond the model, in ours all that it keeps of texts. Results go to bench/results/ as JSON, Markdown and a
+picture.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def sections(subject: Subject, task: str, options: argparse.Namespace) -> dict[s
         calls: list[tuple[Any, str, str]] = [*writing, (type(plain.optimizer), "step", "optimiser")]
         calls += [(i, "forward", "interventions") for i in plain.interventions.values()]
         with watch.on(subject.model, blocks, first, calls):
-            plain.edit(draw_for([0]))
+            plain.edit(draw_for([0]), alone=True)
         found["plain"] = dict(watch.seconds)
     editor = subject.editor(task, EngineOptions())
     with removed(editor):
@@ -242,10 +243,10 @@ def product_bound(subject: Subject, task: str, options: argparse.Namespace) -> d
     """
     found = {}
     with plain_editor(subject, task) as (plain, draw_for):
-        plain.edit(draw_for([0]))
+        plain.edit(draw_for([0]), alone=True)
         plain.restart()
         with recorded_products() as products:
-            steps = plain.edit(draw_for([0]))[0]
+            steps = plain.edit(draw_for([0]), alone=True)[0]
         found["plain"] = {"operations": products.operations / steps, "seconds": products.seconds() / steps}
     editor = subject.editor(task, EngineOptions())
     with removed(editor):

@@ -1,6 +1,6 @@
 """How well edits hold, generalise and stay local: BaFT against LoReFT at equal parameter count.
 
-    python bench/editing_quality.py             the table: 100 FactWorld requests, batch and sequential, 3 seeds
+    python bench/editing_quality.py             the table: 100 FactWorld requests, in every mode, 3 seeds
     python bench/editing_quality.py --tune      the same grid for both methods, on a seed of its own
     python bench/editing_quality.py --ablate    one choice of the configuration changed at a time
     python bench/editing_quality.py --backends cpu reference    the same edits, computed by different backends
@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from baft.runs.run import run_edits
 
 REQUESTS = 100
 SEEDS = (0, 1, 2)
+MODES: tuple[Mode, ...] = ("single", "batch", "sequential")
 TUNING_SEED = 100  # its choice and order of requests are not among those that are reported
 
 
@@ -70,6 +71,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "rank 12": {"rank": 12},
     "two lowest blocks": {"layers": (0, 1)},
     "last prompt token only": {"positions": "last"},
+}
+ABLATIONS_OF_SINGLE_EDITS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "an edit ends with its own loss": {"min_steps": 0},
+    "10 steps": {"max_steps": 10},
+    "30 steps": {"max_steps": 30, "min_steps": 30},
+    "8 unrelated texts": {"unrelated_per_edit": 8},
+    "48 unrelated texts": {"unrelated_per_edit": 48},
+    "no texts about the subject": {"subject_texts": 0},
+    "no retellings": {"retellings": 0},
+    "no locality loss": {"locality_weight": 0.0},
 }
 
 
@@ -101,13 +113,13 @@ def main() -> None:
     parser.add_argument("--dataset", default="factworld")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--modes", nargs="+", choices=("batch", "sequential"), default=("batch", "sequential"))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     if options.tune:
         name, plan = "tuning", tuning_plan(options.modes)
     elif options.ablate:
-        name, plan = "ablations", plan_of(_variants(ABLATIONS), options.modes, options.seeds)
+        name, plan = "ablations", ablation_plan(options.modes, options.seeds)
     elif options.backends:
         changes = {f"backend {backend}": {"backend": backend} for backend in options.backends}
         name, plan = "backends", plan_of(_variants(changes), options.modes, options.seeds)
@@ -126,6 +138,12 @@ def plan_of(variants: dict[str, Variant], modes: Iterable[Mode], seeds: Iterable
     """Every variant in every mode with every seed."""
     product = itertools.product(modes, variants.items(), seeds)
     return [Entry(label, mode, seed, variant) for mode, (label, variant), seed in product]
+
+
+def ablation_plan(modes: Iterable[Mode], seeds: Sequence[int]) -> list[Entry]:
+    """Every change of the configuration, in the modes that it changes."""
+    changes = {mode: ABLATIONS_OF_SINGLE_EDITS if mode == "single" else ABLATIONS for mode in modes}
+    return [entry for mode in changes for entry in plan_of(_variants(changes[mode]), [mode], seeds)]
 
 
 def tuning_plan(modes: Iterable[Mode]) -> list[Entry]:
@@ -208,7 +226,8 @@ def run_once(entry: Entry, task: Task) -> dict[str, Any]:
     )
     evaluator = Evaluator(editor, max_new_tokens=task.max_new_tokens, batch_size=128)
     results = run_edits(editor, assignment.requests, entry.mode, evaluator=evaluator).results
-    final = results["metrics"]["final"]
+    metrics = results["metrics"]
+    final = metrics["immediate" if entry.mode == "single" else "final"]  # of single edits there is no later
     return {
         **{"label": entry.label, "mode": entry.mode, "seed": entry.seed, **asdict(variant)},
         "parameters": sum(parameter.numel() for parameter in editor.parameters().values()),

@@ -17,7 +17,7 @@ from editing_quality import Task, Variant, compare, plan_of
 
 from baft import BaftConfig
 
-STEPS = BaftConfig().max_steps
+_, STEPS = BaftConfig().steps_of_an_edit(alone=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "whole, twice the steps": {"max_steps": 2 * STEPS},

@@ -110,17 +110,18 @@ class PlainEditor:
             weight_decay=self.config.weight_decay,
         )
 
-    def edit(self, draw: Callable[[], tuple[list[Text], list[Text]]]) -> tuple[int, float]:
+    def edit(self, draw: Callable[[], tuple[list[Text], list[Text]]], *, alone: bool) -> tuple[int, float]:
         """Train until the first text's loss is low enough.
 
         Args:
             draw: called before each step; returns the step's edits, the new request first, and its unrelated texts.
+            alone: whether it is a single edit, which goes on for other texts' sake.
 
         Returns:
             Steps taken, and the last loss.
         """
-        steps, loss = 0, math.inf
-        while steps < self.config.max_steps and not loss < self.config.stop_below:
+        (least, most), steps, loss = self.config.steps_of_an_edit(alone=alone), 0, math.inf
+        while steps < least or (steps < most and not loss < self.config.stop_below):
             loss = self.step(*draw())
             steps += 1
         return steps, loss

@@ -83,6 +83,13 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone(method: str) ->
 
 
 @pytest.mark.parametrize("method", TRAINED)
+def test_a_single_edit_takes_as_many_steps_as_it_would_with_baft(method: str) -> None:
+    editor = editor_of(method, min_steps=3, stop_below=1e9)
+    assert [outcome.curve.steps for outcome in editor.edit(TWO, "single")] == [3, 3]
+    assert [outcome.curve.steps for outcome in editor.edit(TWO)] == [1, 1]
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_it_goes_on_from_a_state_bit_for_bit(method: str) -> None:
     changes = {"consolidate_every": 2, "consolidation_steps": 2, "max_steps": 6}
     editor = editor_of(method, **changes)

@@ -11,6 +11,7 @@ from tiny import REQUESTS, WIDTH, tiny_editor, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from baft import BaftConfig, BaftEditor, EditRequest
+from baft.editing import Mode
 from baft.editor import EditOutcome
 from baft.engine.growth import set_new_gates
 from baft.engine.options import EngineOptions
@@ -135,6 +136,31 @@ def test_an_edit_stops_at_the_first_step_that_finds_its_loss_low_enough() -> Non
     assert curve.seconds > 0
 
 
+def test_a_single_edit_goes_on_for_the_sake_of_other_texts() -> None:
+    def steps(mode: Mode, **changes: Any) -> int:
+        editor = tiny_editor(**{"stop_below": 1e9, "min_steps": 5, **changes})
+        curve = editor.edit(TWO[:1], mode)[0].curve
+        assert curve.converged and not curve.diverged
+        return curve.steps
+
+    assert steps("single") == 5
+    assert steps("single", max_steps=3) == 3
+    assert steps("single", locality_weight=0.0) == 1
+    assert steps("sequential") == 1
+
+
+def test_a_single_edit_that_needs_more_steps_takes_them() -> None:
+    curve = tiny_editor(stop_below=0.3, min_steps=2).edit(TWO[:1], "single")[0].curve
+    assert curve.steps > 2 and curve.losses[-1] < 0.3 <= min(curve.losses[:-1])
+
+
+@pytest.mark.parametrize(("alone", "expected"), [(True, (20, 20)), (False, (0, 10))])
+def test_how_many_steps_an_edit_takes_where_nothing_is_said(alone: bool, expected: tuple[int, int]) -> None:
+    assert BaftConfig().steps_of_an_edit(alone=alone) == expected
+    assert BaftConfig(max_steps=7).steps_of_an_edit(alone=alone) == (7 if alone else 0, 7)
+    assert BaftConfig(max_steps=30).steps_of_an_edit(alone=alone) == (20 if alone else 0, 30)
+
+
 def test_each_step_rehearses_some_earlier_edits(monkeypatch: pytest.MonkeyPatch) -> None:
     for rehearsal, sizes in ((0, [1, 1, 1, 1]), (2, [1, 2, 3, 3])):
         editor = tiny_editor(rehearsal=rehearsal, locality_weight=0.0, max_steps=2, stop_below=0.0)
@@ -165,6 +191,13 @@ def test_unrelated_texts_are_in_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     with trained_batches(editor, monkeypatch) as batches:
         editor.edit(TWO[:1])
     assert [len(batch) for batch in batches] == [4, 4]
+
+
+def test_few_edits_in_a_step_have_few_unrelated_texts_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(unrelated_per_step=3, unrelated_per_edit=2, rehearsal=4, max_steps=1, stop_below=0.0)
+    with trained_batches(editor, monkeypatch) as batches:
+        editor.edit(REQUESTS[:3])
+    assert [len(batch) for batch in batches] == [1 + 2, 2 + 3, 3 + 3]
 
 
 def test_the_locality_loss_keeps_unrelated_texts() -> None:

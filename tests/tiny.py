@@ -213,6 +213,7 @@ def tiny_editor(
         "balance_weight": 0.0,
         "stop_below": 0.3,
         "max_steps": 50,
+        "min_steps": 0,
         "rehearsal": 4,
         "consolidate_every": 0,
         "batch_size": 8,

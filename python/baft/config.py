@@ -51,7 +51,9 @@ class BaftConfig(BaseModel):
             unrelated texts; or ``update``, the mean of ||u||^2 / ||h||^2 over them. ``kl`` lets an edit do what doesn't
             matter, and there is much of that.
         locality_margin: with ``update``, the ratio up to which a change costs nothing.
-        unrelated_per_step: texts drawn for the locality loss of a step.
+        unrelated_per_step: texts drawn for the locality loss of a step, at most.
+        unrelated_per_edit: so many at most for each request in a step: what one edit alone does to other texts, a few
+            of them show.
         subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
             itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
@@ -66,7 +68,11 @@ class BaftConfig(BaseModel):
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
             to 1: see ``baft.objective.smoothed_nll``.
         stop_below: an edit is done when its loss (mean over the target's tokens) is below this.
-        max_steps: steps for a request in single and sequential mode, at most.
+        max_steps: steps for a request in single and sequential mode, at most; None is 20 for a single edit, 10 for one
+            of a sequence.
+        min_steps: as far as ``max_steps`` allows, steps that a single edit takes at least where there is a locality
+            loss. Its own loss is soon low enough, but what it did to other texts nothing mends later, as rehearsal,
+            consolidation and settling do in a sequence.
         rehearsal: earlier requests drawn into each of these steps.
         rehearsal_buffer: how many requests (or chunks) these are drawn from, a sample of all so far; None takes all.
         consolidate_every: in sequential mode, after every so many edits, go over earlier ones again; 0 never does.
@@ -109,6 +115,7 @@ class BaftConfig(BaseModel):
     locality_loss: Literal["kl", "update"] = "kl"
     locality_margin: Weight = 0.0
     unrelated_per_step: Count = 48
+    unrelated_per_edit: AtLeastOne = 16
     subject_texts: Count = 12
     retellings: Count = 3
     contexts: Count = 0
@@ -116,7 +123,8 @@ class BaftConfig(BaseModel):
 
     smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop_below: Weight = 0.05
-    max_steps: AtLeastOne = 10
+    max_steps: AtLeastOne | None = None
+    min_steps: Count = 20
     rehearsal: Count = 31
     rehearsal_buffer: AtLeastOne | None = None
     consolidate_every: Count = 25
@@ -129,6 +137,15 @@ class BaftConfig(BaseModel):
     growth_gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -4.0
     batch_size: AtLeastOne = 32
     batch_passes: AtLeastOne = 60
+
+    def steps_of_an_edit(self, *, alone: bool) -> tuple[int, int]:
+        """How many steps a request (or a chunk of its target) takes: at least, at most.
+
+        Args:
+            alone: whether it is a single edit, and not one of a sequence.
+        """
+        most = self.max_steps or (20 if alone else 10)
+        return (min(self.min_steps, most) if alone and self.locality_weight > 0 else 0), most
 
     @field_validator("positions")
     @classmethod

@@ -179,7 +179,7 @@ class TrainedEditor(ABC):
         for index, (request, chunks) in enumerate(zip(requests, rows, strict=True)):
             try:
                 with frozen_for_editing(self.model):
-                    curve = edit_next(learner, chunks, past, on_step)
+                    curve = edit_next(learner, chunks, past, on_step, alone=True)
                 state = self.state()
             finally:
                 self.load_state(before)

@@ -178,7 +178,7 @@ class EditsAbreast:
                 self._step.sets.load(self._origin, number)
                 self._write_ahead()
                 request = self._waiting.popleft()
-                progress = Progress(self._requests[request], self._trainer.config)
+                progress = Progress(self._requests[request], self._trainer.config, alone=True)
                 self._slots[number] = _Slot(request, generator, progress)
 
     def _write_ahead(self) -> None:

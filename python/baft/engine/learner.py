@@ -110,7 +110,8 @@ class Learner(ABC):
             sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
             drawn = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
             rehearsed = [row for row in drawn if row.asked not in asked]
-        wanted = self.config.unrelated_per_step if self.config.locality_weight > 0 else 0
+        enough = self.config.unrelated_per_edit * (len(new) + len(rehearsed))
+        wanted = min(self.config.unrelated_per_step, enough) if self.config.locality_weight > 0 else 0
         near = self._near(new, rehearsed, generator)[: wanted // 2]
         told = self._told(new, generator) if known is None else [self._in_some_words(row, generator) for row in new]
         again = [self._in_some_words(row, generator) for row in rehearsed]

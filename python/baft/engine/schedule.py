@@ -45,17 +45,20 @@ class Progress:
     Args:
         chunks: of the request.
         config: how long each is trained.
+        alone: whether it is a single edit.
 
     Attributes:
         curve: how it went so far.
-        steps: optimiser steps that it takes at most.
+        least, most: optimiser steps that a chunk takes.
+        steps: that all of them take at most.
     """
 
-    def __init__(self, chunks: Chunks, config: BaftConfig) -> None:
+    def __init__(self, chunks: Chunks, config: BaftConfig, *, alone: bool = False) -> None:
         self.curve = Curve()
-        self.steps = config.max_steps * len(chunks)
+        self.least, self.most = config.steps_of_an_edit(alone=alone)
+        self.steps = self.most * len(chunks)
         self._chunks = chunks
-        self._config = config
+        self._stop_below = config.stop_below
         self._chunk = self._steps = 0
 
     @property
@@ -73,25 +76,28 @@ class Progress:
         curve = self.curve
         curve.steps += 1
         curve.losses.append(losses[0])
-        curve.converged = max(losses) < self._config.stop_below
         curve.diverged = not all(map(math.isfinite, losses))
         self._steps += 1
-        ended = curve.converged or curve.diverged or self._steps == self._config.max_steps
+        curve.converged = max(losses) < self._stop_below and self._steps >= self.least
+        ended = curve.converged or curve.diverged or self._steps == self.most
         if ended:
             self._chunk = len(self._chunks) if curve.diverged else self._chunk + 1
             self._steps = 0
         return ended
 
 
-def edit_next(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+def edit_next(
+    trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None, *, alone: bool = False
+) -> Curve:
     """Edit one more request: at most ``max_steps`` steps on each chunk, each together with earlier ones (rehearsal).
 
-    A chunk ends early at the first step that finds its loss, and those of the chunks before it, below ``stop_below``.
+    A chunk ends early at the first step that finds its loss, and those of the chunks before it, below ``stop_below``;
+    that of a single edit, which is ``alone``, not before ``min_steps``.
 
     Raises:
         RuntimeError: if the loss is no finite number any more; what that step would have changed is as it was.
     """
-    config, start, progress = trainer.config, time.perf_counter(), Progress(new, trainer.config)
+    start, progress = time.perf_counter(), Progress(new, trainer.config, alone=alone)
 
     def ended(losses: Sequence[float]) -> bool:
         over = progress.add(losses[:watched])
@@ -104,7 +110,10 @@ def edit_next(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: O
         watched = len(taught)
 
         def plan(step: int, taught: Sequence[Encoded] = taught) -> Planned | None:
-            return Planned(trainer.lesson(taught, past), watched=len(taught)) if step < config.max_steps else None
+            if step == progress.most:
+                return None
+            last = step + 1 >= progress.least
+            return Planned(trainer.lesson(taught, past), watched=len(taught), last=last)
 
         trainer.take_steps(plan, ended)
     trainer.count_usage(new[-1:])
