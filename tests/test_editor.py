@@ -146,6 +146,9 @@ def test_a_single_edit_goes_on_for_the_sake_of_other_texts() -> None:
     assert steps("single") == 5
     assert steps("single", max_steps=3) == 3
     assert steps("single", locality_weight=0.0) == 1
+    assert steps("single", unrelated_per_step=0) == 1
+    chunks = tiny_editor(chunk_tokens=1)._chunks(TWO[0])
+    assert len(chunks) > 1 and steps("single", chunk_tokens=1) == 5 * len(chunks)
     assert steps("sequential") == 1
 
 

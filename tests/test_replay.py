@@ -127,12 +127,13 @@ def test_predictions_are_compared_in_pieces_where_the_model_gives_its_heads_logi
     def counting(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         at_once.append(inputs[0].shape[:-1].numel())
 
-    model = tiny_model(family)
+    model = tiny_model(family, **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}))
     expected = differentiated(model, OFF, layers=(1, 2))
     with model.get_output_embeddings().register_forward_pre_hook(counting):
         assert_same(differentiated(model, ON, layers=(1, 2)), expected)
-    pieces = {"llama": 5, "gemma2": 0}[family]  # gemma2 caps what its head gives
-    assert max(at_once) > 5 and at_once.count(5) >= 2 * pieces
+    assert max(at_once) > 5
+    pieces = at_once.count(5)
+    assert pieces == 0 if family == "gemma2" else pieces >= 10  # gemma2 caps what its head gives
 
 
 def test_blocks_that_checkpoint_their_call_are_run_again_as_they_ran() -> None:

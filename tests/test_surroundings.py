@@ -271,3 +271,22 @@ def test_where_edits_are_at_a_prompts_end_texts_end_anywhere_in_their_second_hal
         assert found == (anywhere if "l" in positions.replace("all", "") else {len(ids)})
     about = [text for text in drawn if text.about]
     assert about and (len({text.prompt_length - len(text.ids) for text in about}) > 1) == trainer._from_the_end
+
+
+def test_of_more_texts_about_a_subject_than_a_step_has_room_for_each_has_its_turn() -> None:
+    trainer = tiny_editor(unrelated_per_step=4, subject_texts=6)._begin()
+    row = ROWS[0]
+    every = {text.ids for text in trainer.surroundings.of(row)}
+    assert len(every) > 2
+    generator = torch.Generator().manual_seed(0)
+    drawn = [[t.ids for t in trainer.lesson([row], generator=generator).unrelated if t.about] for _ in range(60)]
+    assert all(len({*texts}) == len(texts) == 2 for texts in drawn)
+    assert {ids for texts in drawn for ids in texts} == every
+
+
+def test_later_chunks_of_a_target_bring_no_more_unrelated_texts() -> None:
+    editor = tiny_editor(unrelated_per_step=4, unrelated_per_edit=1, chunk_tokens=1)
+    chunks = editor._chunks(REQUESTS[0])
+    assert len(chunks) > 1
+    assert len(editor._begin().lesson([chunks[1], chunks[0]]).unrelated) == 1
+    assert len(editor._begin().lesson([editor._encode(request) for request in REQUESTS[:2]]).unrelated) == 2

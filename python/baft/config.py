@@ -54,8 +54,9 @@ class BaftConfig(BaseModel):
         unrelated_per_step: texts drawn for the locality loss of a step, at most.
         unrelated_per_edit: so many at most for each request in a step: what one edit alone does to other texts, a few
             of them show.
-        subject_texts: of the texts of a step, so many are what the unedited model says of the edit's subject, the fact
-            itself apart, and as far as half of them go one is of each rehearsed request's; 0 looks at none.
+        subject_texts: so many texts the unedited model writes about the edit's subject. Those that don't tell the fact
+            are among the texts of each step, and one of each rehearsed request's, as far as half of a step's texts go
+            (of more, some are drawn); 0 looks at none.
         retellings: of those texts that do tell of the fact, so many at most are learned with the edit in a step, the
             target in the old answer's place: the model's own rephrasings. What is rehearsed comes as one of them half
             the time. 0 learns none, and the model writes none without ``subject_texts`` or a request's ``subject``.
@@ -67,7 +68,8 @@ class BaftConfig(BaseModel):
 
         smoothing: share of the model's own prediction in the target of a token that it predicts already, from 0 (none)
             to 1: see ``baft.objective.smoothed_nll``.
-        stop_below: an edit is done when its loss (mean over the target's tokens) is below this.
+        stop_below: an edit is done when its loss (mean over the target's tokens) is below this, a single edit not
+            before ``min_steps``.
         max_steps: steps for a request in single and sequential mode, at most; None is 20 for a single edit, 10 for one
             of a sequence.
         min_steps: as far as ``max_steps`` allows, steps that a single edit takes at least where there is a locality
@@ -83,7 +85,7 @@ class BaftConfig(BaseModel):
             its edits, at most, over which the learning rates fall along one cosine:
             ``baft.trained.TrainedEditor.settle``.
         chunk_tokens: longer targets are edited in chunks of so many tokens, each behind those before it; ``max_steps``
-            is then for each chunk. None edits each target whole.
+            and ``min_steps`` are then for each chunk. None edits each target whole.
         grow_every: in sequential mode, after every so many edits, add ``grow_by`` bases to each block, orthogonal to
             the old ones and with gates that start closed; 0 never does.
         grow_by: how many bases each time.
@@ -145,7 +147,8 @@ class BaftConfig(BaseModel):
             alone: whether it is a single edit, and not one of a sequence.
         """
         most = self.max_steps or (20 if alone else 10)
-        return (min(self.min_steps, most) if alone and self.locality_weight > 0 else 0), most
+        is_local = self.locality_weight > 0 and self.unrelated_per_step > 0
+        return (min(self.min_steps, most) if alone and is_local else 0), most
 
     @field_validator("positions")
     @classmethod

@@ -60,7 +60,8 @@ class _Taken(NamedTuple):
 class EditsAbreast:
     """Edits every request alone, from where the trainer stands, some of them at a time.
 
-    A request gets the next free slot, and leaves it as soon as its own loss is low enough or its steps are used up. It
+    A request gets the next free slot, and leaves it as soon as its own loss is low enough (after ``min_steps`` at the
+    earliest) or its steps are used up. It
     is drawn the same rehearsed and unrelated texts, and takes the same steps, as if it were the only one: results are
     equal within rounding, and bit for bit with one slot.
 
@@ -250,7 +251,7 @@ class EditsAbreast:
     def _halve(self) -> None:
         if self.slots == 1:
             raise torch.OutOfMemoryError(
-                "a single edit needs more memory than there is: lower unrelated_per_step, rehearsal or rank"
+                "a single edit needs more memory than there is: lower unrelated_per_edit, rehearsal or rank"
             )
         self._close()
         self.slots //= 2

@@ -3,7 +3,7 @@
 The head is frozen and works on each token by itself, so that what a token's divergence asks of its hidden vector is
 known as soon as the divergence is, but for a factor that the loss brings. A piece's logits, [rows, V], of both models
 live until its gradient, [rows, d], is made of them, in the forward pass. With a vocabulary of 128,000 all logits of a
-step would take gigabytes; and on a CPU a piece stays in the cache.
+step would take gigabytes; and where it is small, a piece stays in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from torch import Tensor
 
 from baft import objective
 
-__all__ = ["PIECE_BYTES", "divergence_in_pieces", "rows_of_a_piece"]
+__all__ = ["FEWEST_ROWS", "PIECE_BYTES", "divergence_in_pieces", "rows_of_a_piece"]
 
 Head = Callable[[Tensor], Tensor]
 
 PIECE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""By device the bytes of a piece's logits in float32, of which there are a few copies at a time."""
+"""By device the bytes of a piece's logits in float32, of which there are a few copies at a time; unless it has then
+fewer rows than ``FEWEST_ROWS``."""
+
+FEWEST_ROWS = 256
+"""Rows of a piece at least: each piece reads the whole head, three times, and that is to be worth it."""
 
 
 def rows_of_a_piece(vocabulary: int, device: torch.device) -> int:
-    """How many tokens go into a piece, at least 1."""
-    return max(1, PIECE_BYTES[device.type if device.type in PIECE_BYTES else "cuda"] // (4 * vocabulary))
+    """How many tokens go into a piece."""
+    allowed = PIECE_BYTES[device.type if device.type in PIECE_BYTES else "cuda"]
+    return max(FEWEST_ROWS, allowed // (4 * vocabulary))
 
 
 def divergence_in_pieces(head: Head, x: Tensor, base: Tensor, rows: int) -> Tensor:

@@ -110,9 +110,10 @@ class Learner(ABC):
             sample = range(len(past)) if self._reservoir is None else self._reservoir.rows
             drawn = [past[sample[i]] for i in draw_indices(len(sample), self.config.rehearsal, generator)]
             rehearsed = [row for row in drawn if row.asked not in asked]
-        enough = self.config.unrelated_per_edit * (len(new) + len(rehearsed))
+        requests = max(1, sum(not row.given for row in (*new, *rehearsed)))  # and not the later chunks of one
+        enough = self.config.unrelated_per_edit * requests
         wanted = min(self.config.unrelated_per_step, enough) if self.config.locality_weight > 0 else 0
-        near = self._near(new, rehearsed, generator)[: wanted // 2]
+        near = self._near(new, rehearsed, wanted // 2, generator)
         told = self._told(new, generator) if known is None else [self._in_some_words(row, generator) for row in new]
         again = [self._in_some_words(row, generator) for row in rehearsed]
         edits = [*told, *(row for row in again if row.asked not in asked)]
@@ -129,12 +130,16 @@ class Learner(ABC):
         length = len(text.ids)
         return replace(text, prompt_length=int(torch.randint((length + 1) // 2, length + 1, (), generator=generator)))
 
-    def _near(self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
+    def _near(
+        self, new: Sequence[Encoded], rehearsed: Sequence[Encoded], at_most: int, generator: torch.Generator
+    ) -> list[Encoded]:
         """Texts about the subjects of a lesson: all that there are of a single new request, one of each other."""
         texts = [self.surroundings.of(row) for row in (*new, *rehearsed)]
-        alone = texts.pop(0) if len(new) == 1 else ()
+        alone: Sequence[Encoded] = texts.pop(0) if len(new) == 1 else ()
+        if len(alone) > at_most:
+            alone = [alone[i] for i in draw_indices(len(alone), at_most, generator)]
         others = [of[int(torch.randint(len(of), (), generator=generator))] for of in texts if of]
-        return [*alone, *others]
+        return [*alone, *others][:at_most]
 
     def _told(self, new: Sequence[Encoded], generator: torch.Generator) -> list[Encoded]:
         retold = [(words, k) for row in new for words in [self._retold(row)] for k in range(len(words))]

@@ -145,7 +145,7 @@ class Passes:
             edits: prompts with answers.
             unrelated: texts.
             sets: the parameter set of each of ``edits``, then of ``unrelated``.
-            predictions: ask for ``edited`` and ``unedited``, if there are unrelated texts.
+            predictions: ask for ``Passed.divergence``, if there are unrelated texts.
             few_shapes: pad so that different texts come out in the same shapes.
         """
         texts = [*edits, *unrelated]

@@ -58,7 +58,7 @@ class Replay:
         self.first = first
         self.head = _head(model)
         # Known when the model has been observed: whether blocks return tuples, and whether the head's logits are the
-        # model's own, which may scale or cap them, or spread the head over devices by hooks.
+        # model's own, on the device of what the head is given: a model may scale or cap them, or spread the head.
         self._returns_tuple = False
         self.ends_with_head = False
 
@@ -89,7 +89,7 @@ class Replay:
             logits = self.model(**grid.inputs()).logits
         if not to_the_head:
             return Observed(seen["prefix"], None)
-        self.ends_with_head = logits is seen["logits"]
+        self.ends_with_head = logits is seen["logits"] and logits.device == seen["head_input"].device
         return Observed(seen["prefix"], seen["head_input"])
 
     @contextmanager
