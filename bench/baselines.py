@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from editing_quality import REQUESTS, SEEDS, TUNING_SEED, Task, Variant, compare, plan_of
+from comparison import REQUESTS, SEEDS, TUNING_SEED, Task, Variant, compare, plan_of
 
 RIVALS = {
     "no edit": Variant("none"),
@@ -38,13 +38,15 @@ def main() -> None:
     parser.add_argument("--model", default="factworld")
     parser.add_argument("--dataset", default="factworld")
     parser.add_argument("--requests", type=int, help=f"{REQUESTS} by default, {TUNING_REQUESTS} to tune")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"{SEEDS} by default; of --tune always {TUNING_SEED}")
     parser.add_argument("--mode", choices=("batch", "sequential"), default="sequential")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
     variants = {name: RIVALS[name] for name in options.methods}
-    seeds, requests, name = options.seeds, options.requests or REQUESTS, "baselines"
+    seeds, requests, name = options.seeds or SEEDS, options.requests or REQUESTS, "baselines"
     if options.tune:
+        if options.seeds:
+            parser.error(f"--tune has a seed of its own, {TUNING_SEED}: expected no --seeds")
         variants, seeds, requests = tuned(variants), [TUNING_SEED], options.requests or TUNING_REQUESTS
         name = "baseline_tuning"
     task = Task(options.model, options.dataset, requests)

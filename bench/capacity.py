@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from editing_quality import Task, Variant, compare, plan_of
+from comparison import Task, Variant, compare, plan_of
 
 from baft import BaftConfig
 

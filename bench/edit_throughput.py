@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 from contenders import TASKS, Subject, Timed, edit_ours, edit_plainly, now, plain_editor, plain_text, removed
 from plain_editing import generate_one_by_one
 from products import recorded_products
-from report import RESULTS, called, markdown, provenance
+from report import RESULTS, called, markdown, provenance, show
 from rich.console import Console
-from rich.table import Table
 from shapes import SHAPES, build
 from stopwatch import SECTIONS, WRITING, Stopwatch
 from throughput_pictures import draw_curve, draw_parts
@@ -325,13 +324,6 @@ def report_slots(subject: Subject, options: argparse.Namespace, console: Console
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
-
-
-def show(rows: list[list[str]], console: Console) -> None:
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
 
 
 def save(raw: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:

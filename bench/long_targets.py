@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from editing_quality import Task, Variant, compare, plan_of
+from comparison import Task, compare, of_baft, plan_of
 
 from baft import BaftConfig
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share torch's threads")
     options = parser.parse_args()
-    variants = {name: Variant(overrides=VARIANTS[name]) for name in options.variants}
+    variants = of_baft({name: VARIANTS[name] for name in options.variants})
     task = Task("factworld", "factworld-paragraphs", options.requests, _LONGEST)
     compare("long_targets", plan_of(variants, ["sequential"], options.seeds), task, options.jobs)
 

@@ -1,4 +1,4 @@
-"""Where, when and of what a result was made; and tables as Markdown."""
+"""Where, when and of what a result was made; and tables, printed and as Markdown."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "called", "command", "commit", "counted_threads", "markdown", "provenance"]
+__all__ = ["RESULTS", "called", "command", "commit", "markdown", "provenance", "show"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,14 +56,22 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any]) -> str:
-    """A table, its first row the header, and a line that says where it comes from."""
+def show(rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a table, its first row the header."""
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any], note: str = "") -> str:
+    """A table, its first row the header, and a line with ``note`` that says where it comes from."""
     header, *body = rows
     lines = [[cell.replace("|", "\\|") for cell in line] for line in [header, ["---"] * len(header), *body]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    threads = counted_threads(about["threads"])
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     where = f"commit {about['commit']}, {about['device']}, {threads}, torch {about['versions']['torch']}"
-    return f"{table}\n\n`{about['command']}`, {where}, {about['date']}.\n"
+    return f"{table}\n\n{note}`{about['command']}`, {where}, {about['date']}.\n"
 
 
 def command() -> str:
@@ -75,10 +85,6 @@ def called(dataset: str) -> str:
 
     path, first, end = split_stretch(dataset)
     return path.stem if (first, end) == (0, None) else f"{path.stem}_{first}-{'' if end is None else end}"
-
-
-def counted_threads(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _cpu_name() -> str:

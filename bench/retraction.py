@@ -19,9 +19,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402  # after the folders of this checkout are known
-from report import RESULTS, markdown, provenance  # noqa: E402
+from report import RESULTS, markdown, provenance, show  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 from timing import Work, interleaved  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -60,11 +59,8 @@ def main() -> None:
                     *(f"{e:.1e}" for e in errors),
                 ]
             )
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    show(rows, console)
     about = provenance(device)
     name = f"retraction_{device.type}"
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")

@@ -18,12 +18,15 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import capacity  # after the folder of the benchmarks is known
+import comparison
 import editing_quality
+import long_run
 import long_targets
 import roofline
 from products import recorded_products
 from report import called, commit, markdown, provenance
 from rich.console import Console
+from small_runs import run_in
 from timing import Spread, interleaved
 from tiny import tiny_model, tiny_tokenizer
 from variants import RIVALS, Case
@@ -129,8 +132,9 @@ def test_the_grid_is_the_same_for_both_methods() -> None:
 
 
 def test_every_comparison_can_be_configured() -> None:
-    for module in (capacity, long_targets):
-        assert [BaftConfig(**changes) for changes in module.VARIANTS.values()]
+    single, together = editing_quality.ABLATIONS_OF_SINGLE_EDITS, editing_quality.ABLATIONS
+    for variants in (capacity.VARIANTS, long_targets.VARIANTS, single, together):
+        assert [BaftConfig(**changes) for changes in variants.values()]
 
 
 @pytest.mark.parametrize(
@@ -146,18 +150,18 @@ def test_what_results_about_a_data_set_are_called(dataset: str, name: str) -> No
     assert called(dataset) == name
 
 
-def found(entry: editing_quality.Entry) -> dict[str, Any]:
+def found(entry: comparison.Entry) -> dict[str, Any]:
     """What a run might have found."""
     about = {"label": entry.label, "mode": entry.mode, "seed": entry.seed, "parameters": 1}
     measured = {"measures": {"reliability": 1.0}, "known before": {"prompts": 0.75}}
-    return {**about, **measured, "steps": 1, "seconds_per_edit": 1.0, "threads": 1}
+    return {**about, **measured, "steps": 1, "seconds_per_edit": 1.0}
 
 
 def test_a_comparison_keeps_what_is_done_and_says_that_it_is_not_all(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    variants = {"one": editing_quality.Variant(), "other": editing_quality.Variant("loreft")}
-    plan = editing_quality.plan_of(variants, ["sequential"], [0])
+    variants = {"one": comparison.Variant(), "other": comparison.Variant("loreft")}
+    plan = comparison.plan_of(variants, ["sequential"], [0])
     (tmp_path / "some_comparison.md").write_text("an earlier one")
 
     def one_by_one(*_: object) -> Iterator[list[dict[str, Any]]]:
@@ -167,15 +171,32 @@ def test_a_comparison_keeps_what_is_done_and_says_that_it_is_not_all(
         assert "| other |" in kept and "1 of 2 runs" in kept
         yield [found(entry) for entry in plan]
 
-    monkeypatch.setattr(editing_quality, "RESULTS", tmp_path)
-    monkeypatch.setattr(editing_quality, "run_all", one_by_one)
-    editing_quality.compare("comparison", plan, editing_quality.Task("model", "some.json", 3), 1)
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path)
+    monkeypatch.setattr(comparison, "run_all", one_by_one)
+    comparison.compare("comparison", plan, comparison.Task("model", "some.json", 3), 1)
     kept = json.loads((tmp_path / "some_comparison.json").read_text())
     assert [run["label"] for run in kept["runs"]] == ["one", "other"]
     table = (tmp_path / "some_comparison.md").read_text()
     assert " of 2 runs" not in table
     assert "The unedited model gave the old answers to 75.0% of the prompts." in table
     assert {path.name for path in tmp_path.iterdir()} == {"some_comparison.json", "some_comparison.md"}
+
+
+def test_the_figures_of_a_long_run_are_those_of_all_its_processes(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    path = tmp_path / "results.json"
+    results = json.loads(path.read_text())
+    grown = [{"process": 300 * 2**20, "remembered": 2**20}, {"process": 500 * 2**20, "remembered": 8 * 2**20}]
+    for point in results["retention"]:  # the last one by a process that was started again
+        last = point is results["retention"][-1]
+        point["memory"] = {"process": 400 * 2**20, "remembered": None} if last else grown[point["edits"] > 1]
+    path.write_text(json.dumps(results))
+    figures = long_run.figures(tmp_path)
+    assert (figures["MiB at most, up to edit 9"], figures["MiB at most, at the end"]) == (500, 500)
+    assert figures["MiB of texts that the engine remembers, at most"] == 8
+    final = results["metrics"]["final"]["reliability"]["generation"]
+    assert figures["final reliability, by generation"] == final
+    assert 0 < figures["share of journal and checkpoints"] < 1
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -185,13 +206,12 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text("\n".join(lines))
     small = {"max_steps": 1, "rank": 2, "settling_rounds": 0, "subject_texts": 0}
     variants = {
-        name: editing_quality.Variant(overrides={**small, **changes})
+        name: comparison.Variant(overrides={**small, **changes})
         for name, changes in {"wrong": {"rank": -1}, "right": {}}.items()
     }
     said = io.StringIO()
-    task = editing_quality.Task(str(tmp_path), str(tmp_path / "facts.jsonl"), 2)
-    runs = editing_quality.run_all(
-        editing_quality.plan_of(variants, ["sequential"], [0]), task, 1, Console(file=said, width=200)
-    )
+    task = comparison.Task(str(tmp_path), str(tmp_path / "facts.jsonl"), 2)
+    plan = comparison.plan_of(variants, ["sequential"], [0])
+    runs = comparison.run_all(plan, task, 1, Console(file=said, width=200))
     assert [[run["label"] for run in done] for done in runs] == [["right"]]
     assert "wrong, seed 0: failed: ValidationError" in said.getvalue()

@@ -17,6 +17,7 @@ from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
 from baft.engine.continuations import Asked, Continuations
 from baft.engine.encoding import Tokens
+from baft.runs import retention
 from baft.runs import sequential as sequential_run
 from baft.runs.checkpoints import Checkpoints, kept
 from baft.runs.conflicts import conflicts, superseded
@@ -72,6 +73,13 @@ def test_general_ability_changes_with_the_edits(sequential: Path) -> None:
 def test_the_time_for_bookkeeping_is_told(sequential: Path) -> None:
     (session,) = results_of(sequential)["sessions"]
     assert 0 < session["bookkeeping_seconds"] < session["seconds"]
+
+
+def test_peak_memory_is_that_of_all_the_processes_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    much = {"process": 2**50, "gpu": None}  # what one that was broken off had come to
+    monkeypatch.setattr(retention, "peak_memory_bytes", lambda: much)
+    run_in(tmp_path / "run")
+    assert results_of(tmp_path / "run")["memory"]["peak_bytes"] == much
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])

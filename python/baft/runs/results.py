@@ -88,10 +88,16 @@ def results(context: RunContext, mode: str) -> dict[str, Any]:
         "fluency": None if mode == "single" else _fluency(context),
         "engine": editor.engine_report(),
         "memory": {
-            "peak_bytes": peak_memory_bytes(),
+            "peak_bytes": _peak_bytes(found["retention"]),
             "bytes_per_edit": float(parameters) if mode == "single" else parameters / found["edits"],
         },
     }
+
+
+def _peak_bytes(retention: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Highest memory of this process, and of those before it that were broken off, as they last saw it themselves."""
+    seen = [peak_memory_bytes(), *(point["memory"] for point in retention)]
+    return {kind: max(memory[kind] or 0 for memory in seen) or None for kind in seen[0]}
 
 
 def _fluency(context: RunContext) -> dict[str, Any]:
