@@ -101,11 +101,9 @@ class PlainEditor:
             intervention.start(*self.starts[layer])
         gates = [p for i in self.interventions.values() for p in i.gate.parameters()]
         others = [p for i in self.interventions.values() for m in (i.basis, i.source) for p in m.parameters()]
+        rate, gate_rate = self.config.rates(gates[0].shape[-1])
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": others, "lr": self.config.learning_rate},
-                {"params": gates, "lr": self.config.gate_learning_rate},
-            ],
+            [{"params": others, "lr": rate}, {"params": gates, "lr": gate_rate}],
             betas=(0.9, 0.99),
             weight_decay=self.config.weight_decay,
         )

@@ -17,6 +17,7 @@ from baft import BaftConfig
 from baft.engine.sets import ParameterSets
 from baft_kernels import BaftIntervention, GroupedBaftIntervention, orthonormality_error, retract_after_step
 from baft_kernels.backends import why_unusable
+from baft_kernels.stiefel import NEAR
 
 COUNT = 3
 STEPS: list[list[int]] = [[0], [0, 2], [1], [2, 0, 1], [0, 2], [1, 2]]
@@ -72,7 +73,8 @@ class Alone:
         self.named = named
         gates = [p for name, p in named.items() if "gate" in name]
         others = [p for name, p in named.items() if "gate" not in name]
-        groups = [{"params": others, "lr": config.learning_rate}, {"params": gates, "lr": config.gate_learning_rate}]
+        rate, gate_rate = config.rates(next(iter(self.interventions.values())).basis.shape[-1])
+        groups = [{"params": others, "lr": rate}, {"params": gates, "lr": gate_rate}]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             betas=(0.9, 0.99),
@@ -97,6 +99,21 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 # -- the update --
+
+
+def test_a_step_moves_wide_bases_as_far_as_narrow_ones() -> None:
+    distances = {}
+    for width, rate_width in ((256, 256), (4096, 256), (4096, None)):
+        intervention = BaftIntervention(width, 64, generator=torch.Generator().manual_seed(0))
+        sets = ParameterSets({0: intervention}, BaftConfig(rate_width=rate_width))
+        generator = torch.Generator().manual_seed(1)
+        # Of one token: all rows alike, which takes bases farthest.
+        gradient = torch.randn(64, 1, generator=generator) * torch.randn(width, generator=generator)
+        for parameter in intervention.parameters():
+            parameter.grad = gradient if parameter.ndim == 2 else gradient[:, 0].contiguous()
+        distances[width, rate_width] = float(sets.update([0], sets.rates()))
+    assert distances[4096, 256] < distances[256, 256] < 1.2 * NEAR
+    assert distances[4096, 256] < NEAR < distances[4096, None]
 
 
 @pytest.mark.parametrize(

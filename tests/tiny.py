@@ -205,6 +205,7 @@ def tiny_editor(
         "append_eos": True,
         "learning_rate": 6e-2,
         "gate_learning_rate": 6e-2,
+        "rate_width": None,
         "weight_decay": 0.0,
         "locality_weight": 0.1,
         "locality_loss": "kl",

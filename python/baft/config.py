@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -40,9 +41,13 @@ class BaftConfig(BaseModel):
         backend: of the op: ``auto``, ``reference``, or another that ``baft info`` lists.
         seed: of the first bases and gates and of every draw in training.
 
-        learning_rate: AdamW's rate for basis, source and source bias.
-        gate_learning_rate: AdamW's rate for the gates. They hardly move: random gates already make the edit depend on
-            the input in many different ways. At 0 generality loses 0.02; at ``learning_rate`` a batch comes out alike.
+        learning_rate: AdamW's rate for basis, source and source bias, in a model of width ``rate_width``.
+        gate_learning_rate: AdamW's rate for the gates, likewise. They hardly move: random gates already make the edit
+            depend on the input in many different ways, and at 0 generality loses but 0.01.
+        rate_width: the width that both rates are for. In a model of width d they are multiplied by
+            sqrt(rate_width / d), so that a step moves a basis vector as far there, at most by 0.064: as they are, a
+            first step would take 64 bases of width 4,096 too far from orthonormal ones for the fast
+            retraction. None takes the rates as they are.
         weight_decay: AdamW's.
         project_gradients: project the gradient of each basis to the tangent space before the step.
         append_eos: end each target with EOS, so that generation learns to stop after it.
@@ -110,6 +115,7 @@ class BaftConfig(BaseModel):
 
     learning_rate: Weight = 4e-3
     gate_learning_rate: Weight = 5e-4
+    rate_width: AtLeastOne | None = 256
     weight_decay: Weight = 0.0
     project_gradients: bool = False
     append_eos: bool = True
@@ -139,6 +145,11 @@ class BaftConfig(BaseModel):
     growth_gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -4.0
     batch_size: AtLeastOne = 32
     batch_passes: AtLeastOne = 60
+
+    def rates(self, width: int) -> tuple[float, float]:
+        """AdamW's rates in a model of this width: of basis, source and source bias; of the gates."""
+        factor = 1.0 if self.rate_width is None else math.sqrt(self.rate_width / width)
+        return factor * self.learning_rate, factor * self.gate_learning_rate
 
     def steps_of_an_edit(self, *, alone: bool) -> tuple[int, int]:
         """How many steps a request (or a chunk of its target) takes: at least, at most.

@@ -76,7 +76,7 @@ class ParameterSets:
 
     def rates(self, factor: float = 1.0) -> Tensor:
         """The learning rates of what isn't a gate and of gates, times ``factor``, as ``update`` takes them."""
-        rates = [factor * self._config.learning_rate, factor * self._config.gate_learning_rate]
+        rates = [factor * rate for rate in self._config.rates(width=self._bases([0])[0].shape[-1])]
         return sent(rates, next(iter(self._values.values())).device, torch.float32)
 
     @torch.no_grad()
