@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrizations
 
 from baft import BaftConfig
 
-__all__ = ["PlainEditor", "Text", "generate_one_by_one"]
+__all__ = ["PlainEditor", "Text", "generate_one_by_one", "generate_with_cache"]
 
 
 class Text:
@@ -188,4 +189,22 @@ def generate_one_by_one(model: nn.Module, prompts: Sequence[Text], new_tokens: i
             if ids[-1] == eos_id:
                 break
         continued.append(Text(ids, len(prompt.ids)))
+    return continued
+
+
+@torch.no_grad()
+def generate_with_cache(model: Any, prompts: Sequence[Text], new_tokens: int, eos_id: int | None) -> list[Text]:
+    """The same, as transformers' ``generate`` does it with a KV cache."""
+    continued = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids], device=model.device)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=eos_id,
+            pad_token_id=0,
+        )
+        continued.append(Text(found[0].tolist(), len(prompt.ids)))
     return continued

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -14,12 +15,14 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import edit_throughput  # after the benchmarks' folder is known
-from contenders import TASKS, Subject, edit_ours, edit_plainly, plain_editor
+from contenders import TASKS, Subject, edit_ours, edit_plainly, plain_editor, plain_text
 from peak_memory import PeakMemory
+from plain_editing import generate_one_by_one, generate_with_cache
 from tiny import tiny_model, tiny_tokenizer
 
 from baft import EditRequest
 from baft.editing import Mode
+from baft.engine.encoding import Encoder
 from baft.engine.options import EngineOptions
 
 REQUESTS = [EditRequest(prompt=f"the {name} of", target=target) for name, target in (("red", "a dog"), ("one", "cats"))]
@@ -82,6 +85,19 @@ def test_the_bench_prints_its_table_and_draws_its_picture(
     assert [line.split(" | ")[1] for line in curve[2:8]] == ["1", "2"] * len(TASKS)  # as many as there are requests
     for picture in (f"{stem}.png", str(stem).replace("throughput_", "throughput_slots_") + ".png"):
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_ways_of_asking_get_the_same_answers(subject: Subject) -> None:
+    encoder = Encoder(subject.tokenizer, append_eos=False)
+    prompts = [plain_text(encoder.prompt(request.prompt)) for request in REQUESTS]
+    ways = [
+        [text.ids for text in generate(subject.model, prompts, 8, subject.tokenizer.eos_token_id)]
+        for generate in (generate_one_by_one, generate_with_cache)
+    ]
+    assert ways[0] == ways[1]
+    found = edit_throughput.compare_asking(subject, argparse.Namespace(rounds=1))
+    assert found["same"] == 1 and found["questions"] == len(REQUESTS)
+    assert min(found["plain"], found["cached"], found["ours"]) > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process anew")
