@@ -112,7 +112,7 @@ def check_adapters(adapter_ids: Tensor, h: Tensor, sets: int, in_range: bool) ->
         raise ValueError(f"adapter_ids: expected {wanted}, got {list(adapter_ids.shape)} for h {list(h.shape)}")
     ids = adapter_ids.long()
     if ids.numel() and not in_range and not _values_unknown(h):
-        least, most = int(ids.min()), int(ids.max())
+        least, most = torch.stack(torch.aminmax(ids)).tolist()  # a GPU is waited for once
         if not 0 <= least <= most < sets:
             raise ValueError(f"adapter_ids: expected numbers from 0 to {sets - 1}, got {least} to {most}")
     return ids
@@ -145,11 +145,14 @@ def rows_of(positions: Tensor, h: Tensor) -> Tensor:
     rows = torch.zeros(lead, dtype=torch.bool, device=h.device)
     if _values_unknown(h):
         return rows.scatter_(-1, index, True)
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < lead[-1]:
-        raise ValueError(
-            f"positions: expected indices from 0 to {lead[-1] - 1}, got {int(index.min())} to {int(index.max())}"
-        )
-    rows.scatter_(-1, index, True)
-    if int(rows.sum()) != index.numel():
+    if not index.numel():
+        return rows
+    # On a GPU an index out of range ends the process, so what is scattered is in range; and the host waits only once.
+    if lead[-1]:
+        rows.scatter_(-1, index.clamp(0, lead[-1] - 1), True)
+    least, most, distinct = torch.stack([*torch.aminmax(index), rows.sum()]).tolist()
+    if not 0 <= least <= most < lead[-1]:
+        raise ValueError(f"positions: expected indices from 0 to {lead[-1] - 1}, got {least} to {most}")
+    if distinct != index.numel():
         raise ValueError("positions: expected each index once in a sequence, got a repeated index")
     return rows

@@ -58,7 +58,7 @@ def _forward_(
     gate_fn: str,
     backend: str,
 ) -> None:
-    """In place on h; no other row is read or written."""
+    """In place on h; no other row is written."""
     parameters = Parameters(basis, source, source_bias, gate, gate_bias)
     backend_of(backend).forward(h, parameters, rows, adapters, gate_fn, h)
 
