@@ -20,8 +20,9 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
-from report import RESULTS, called, markdown, provenance, show
+from report import RESULTS, called, markdown, provenance
 from rich.console import Console
+from terminal import plain_console, show
 
 from baft import BaftConfig
 from baft.baselines.methods import METHODS, make_editor
@@ -81,7 +82,7 @@ def compare(name: str, plan: list[Entry], task: Task, jobs: int) -> None:
 
     Until all of it is done the files are called ``*.partial.*``. A run that fails is named, and the others go on.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
+    console = plain_console(220)
     about = {
         **provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": threads_of_each(jobs),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -28,10 +27,11 @@ from typing import Any, NamedTuple
 from contenders import TASKS, Subject, Timed, edit_ours, edit_plainly, now, plain_editor, plain_text, removed
 from plain_editing import Text, generate_one_by_one, generate_with_cache
 from products import recorded_products
-from report import RESULTS, called, markdown, provenance, show
+from report import RESULTS, called, markdown, provenance
 from rich.console import Console
 from shapes import SHAPES, build
 from stopwatch import SECTIONS, WRITING, Stopwatch
+from terminal import plain_console, show
 from throughput_pictures import draw_curve, draw_parts
 
 from baft import BaftEditor
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", help="only this: single edits with so many in a pass")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = plain_console(150)
     options.out.mkdir(parents=True, exist_ok=True)
     subject = load(options)
     if options.slots:

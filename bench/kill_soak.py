@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from report import RESULTS, called, provenance
-from rich.console import Console
+from terminal import plain_console
 
 from baft.config import BaftConfig
 from baft.runs.folder import RunFolder
@@ -65,13 +65,13 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"kill_soak_{called(options.dataset)}.json"
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    Console(highlight=False).print(f"Saved: {path}")
+    plain_console().print(f"Saved: {path}")
     sys.exit(result["unequal"] > 0)
 
 
 def soak(words: RunWords, kills: int, longest: float, draw: random.Random, scratch: Path) -> dict[str, Any]:
     """Kill runs until there were ``kills`` of them."""
-    console = Console(highlight=False)
+    console = plain_console()
     go_on(words, scratch / "whole", None)
     whole = outcome(scratch / "whole")
     done = Counter(kills=0, runs=0, unequal=0)

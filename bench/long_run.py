@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from report import RESULTS, called, markdown, provenance
-from rich.console import Console as Terminal
+from terminal import plain_console
 
 from baft.config import BaftConfig
 from baft.console import Console
@@ -89,7 +89,7 @@ def main() -> None:
     (place / "figures.json").write_text(json.dumps({**about, "config": changed, "figures": rows}, indent=1) + "\n")
     table = [["figure", "value"], *([label, f"{value:.4g}"] for label, value in rows.items())]
     (place / "figures.md").write_text(markdown(table, about))
-    terminal = Terminal(highlight=False)
+    terminal = plain_console()
     for label, value in rows.items():
         terminal.print(f"{label:60} {value:.4g}")
     terminal.print(f"Saved: {place}")

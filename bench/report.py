@@ -1,4 +1,4 @@
-"""Where, when and of what a result was made; and tables, printed and as Markdown."""
+"""Where, when and of what a result was made; and tables as Markdown."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import baft_kernels
 from baft_kernels.info import collect
 
-__all__ = ["RESULTS", "called", "command", "commit", "markdown", "provenance", "show"]
+__all__ = ["RESULTS", "called", "command", "commit", "markdown", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,14 +52,6 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
     }
-
-
-def show(rows: Sequence[Sequence[str]], console: Console) -> None:
-    """Print a table, its first row the header."""
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
 
 
 def markdown(rows: Sequence[Sequence[str]], about: dict[str, Any], note: str = "") -> str:

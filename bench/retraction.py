@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402  # after the folders of this checkout are known
-from report import RESULTS, markdown, provenance, show  # noqa: E402
-from rich.console import Console  # noqa: E402
+from report import RESULTS, markdown, provenance  # noqa: E402
+from terminal import plain_console, show  # noqa: E402
 from timing import Work, interleaved  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -59,7 +59,7 @@ def main() -> None:
                     *(f"{e:.1e}" for e in errors),
                 ]
             )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = plain_console(120)
     show(rows, console)
     about = provenance(device)
     name = f"retraction_{device.type}"

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -32,6 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
 from op_calls import Call  # noqa: E402  # after the folders of this checkout are known
 from report import RESULTS, markdown, provenance  # noqa: E402
+from terminal import plain_console  # noqa: E402
 from timing import PAST_CACHES, Spread, Work, interleaved  # noqa: E402
 from tolerance import assert_accurate  # noqa: E402
 from variants import RIVALS, Case, Operands, Variant, draw, fused_backends, op_on  # noqa: E402
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--name", default=f"roofline_{device.type}", help="of the files in bench/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = plain_console(200)
     cases = [
         Case(rows, d, r, getattr(torch, dtype), training)
         for training, dtype, d, r, rows in itertools.product(

@@ -27,6 +27,7 @@ from products import recorded_products
 from report import called, commit, markdown, provenance
 from rich.console import Console
 from small_runs import run_in
+from terminal import plain_console
 from timing import Spread, interleaved
 from tiny import tiny_model, tiny_tokenizer
 from variants import RIVALS, Case
@@ -117,6 +118,11 @@ def test_products_of_both_passes_are_recorded() -> None:
 def test_a_bar_in_a_cell_ends_no_column() -> None:
     about = {"commit": "c", "device": "d", "threads": 1, "versions": {"torch": "2"}, "command": "x", "date": "today"}
     assert markdown([["|R|", "b"], ["1", "2"]], about).splitlines()[0] == r"| \|R\| | b |"
+
+
+def test_what_is_said_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    plain_console().print("failed: [/INST] [tribe] :cat:")
+    assert capsys.readouterr().out == "failed: [/INST] [tribe] :cat:\n"
 
 
 # -- comparisons of edits --

@@ -50,7 +50,7 @@ class ProgressWatcher:
         self._progress.update(self._task, advance=units, note=note)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, style="yellow", highlight=False)
+        self._progress.console.print(text, style="yellow")
 
     def training(self, step: int, steps: int, loss: float, known: float) -> None:
         """Progress of the training of a testbed model (its ``OnProgress``)."""
@@ -73,19 +73,20 @@ class Console:
     """
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
-        self._console = RichConsole(stderr=quiet, quiet=silent)
+        # What models and data sets say is no markup; ":cat:" in it is no picture, and its numbers aren't special.
+        self._console = RichConsole(stderr=quiet, quiet=silent, markup=False, emoji=False, highlight=False)
         self._quiet = quiet
 
     @contextmanager
     def progress(self) -> Iterator[ProgressWatcher]:
         columns = (
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
         with Progress(*columns, console=self._console) as progress:
             watcher = ProgressWatcher(progress)
@@ -93,7 +94,7 @@ class Console:
             watcher._finish()
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text)
 
     def report(self, report: RunReport, folder: RunFolder) -> None:
         """The end of a run: some of what was said, the measures, the costs, and where everything is."""
