@@ -1,16 +1,19 @@
-"""What a person sees: texts of models and data sets as they are."""
+"""What a person sees: texts of models and data sets as they are, and how far a run is, in a log file too."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 from report_runs import results
+from rich.console import Console as RichConsole
 
 from baft import EditRequest
 from baft.console import Console
 from baft.engine.schedule import Curve
 from baft.evaluation.probes import MEASURES, ProbeResult, Question
+from baft.progress import Lines
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
@@ -77,3 +80,77 @@ def test_what_is_said_on_the_way_is_printed_as_it_is(capsys: pytest.CaptureFixtu
         watcher.say(f"prompt {' '.join(MARKED)}")
         watcher.advance(f"note {' '.join(MARKED)}")
     assert_whole(capsys.readouterr().out, "editing", "prompt", "note")
+
+
+# -- how far a run is --
+
+
+class Log:
+    """A log file, and a clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._file = io.StringIO()
+        self.watcher = Lines(RichConsole(file=self._file), lambda: self.now)
+
+    def advance(self, seconds: float, note: str = "", units: int = 1) -> None:
+        self.now += seconds
+        self.watcher.advance(note, units)
+
+    @property
+    def lines(self) -> list[str]:
+        return self._file.getvalue().splitlines()
+
+
+def test_a_log_has_a_line_where_a_stage_begins_and_ends() -> None:
+    log = Log()
+    log.watcher.stage("asking", 4)
+    assert log.lines == ["asking: begins, 0 of 4"]
+    log.advance(1.0, units=4)
+    log.watcher.stage("training")
+    log.advance(2.5, "loss 0.5")
+    log.watcher.finish()
+    assert log.lines[1:] == [
+        "asking: ended, 4 of 4 after 0:00:01, 0.25 s each",
+        "training: begins",
+        "training: ended, 1 after 0:00:02, 2.5 s each; loss 0.5",
+    ]
+    log.watcher.finish()
+    assert len(log.lines) == 4
+
+
+def test_a_log_has_a_line_a_minute_with_pace_estimate_and_measures() -> None:
+    log = Log()
+    log.watcher.stage("editing", 10_000, 400)  # a run that goes on
+    for edit in range(100):
+        log.advance(1.5, f"loss 0.{edit}")
+    assert log.lines[1:] == [
+        "editing: 440 of 10000 after 0:01:00, 1.5 s each, 3:59:00 left; loss 0.39",
+        "editing: 480 of 10000 after 0:02:00, 1.5 s each, 3:58:00 left; loss 0.79",
+    ]
+    log.advance(400.0)  # and none for the minutes in which nothing was done
+    assert len(log.lines) == 4
+
+
+def test_what_is_said_is_one_line_of_a_log() -> None:
+    log = Log()
+    log.watcher.say("a long sentence, " * 40)
+    assert len(log.lines) == 1
+
+
+@pytest.mark.parametrize("shown", ["file", "terminal", "dumb terminal"])
+def test_bars_are_drawn_on_a_terminal_alone(
+    shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb" if shown == "dumb terminal" else "xterm")
+    monkeypatch.setattr(RichConsole, "is_terminal", shown != "file")
+    with Console().progress() as watcher:
+        watcher.training(1, 2, loss=0.5, known=0.25)
+        begun = capsys.readouterr().out
+    ended = capsys.readouterr().out
+    if shown == "terminal":
+        assert "━" in begun + ended
+    else:
+        assert begun == "training the testbed model (once): begins, 0 of 2\n"
+        assert ended.startswith("training the testbed model (once): ended, 1 of 2 after")
+        assert ended.endswith("loss 0.50, knows 25% of the facts\n")

@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from baft.evaluation.measures import known_before, shares
 from baft.evaluation.probes import MEASURES, ProbeResult
+from baft.progress import Lines, ProgressWatcher, bars
 from baft.runs.folder import RunFolder
 from baft.runs.records import EditRecord
 from baft.runs.run import RunReport
 
-__all__ = ["Console", "ProgressWatcher"]
+__all__ = ["Console"]
 
 _SHOWN_EDITS = 8
 
 # Lines that are laid out together.
 _LINES = 200
-
-
-class ProgressWatcher:
-    """A ``Watcher`` that shows each stage as a bar, with the time it took and an estimate of what is left."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: Any = None
-
-    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        self._finish()
-        self._task = self._progress.add_task(name, total=total, completed=done, note="")
-
-    def advance(self, note: str = "", units: int = 1) -> None:
-        self._progress.update(self._task, advance=units, note=note)
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, style="yellow")
-
-    def training(self, step: int, steps: int, loss: float, known: float) -> None:
-        """Progress of the training of a testbed model (its ``OnProgress``)."""
-        if step == 1:
-            self.stage("training the testbed model (once)", steps)
-        self.advance(f"loss {loss:.2f}, knows {known:.0%} of the facts")
-
-    def _finish(self) -> None:
-        if self._task is not None:
-            done = self._progress.tasks[self._task].completed or 1
-            self._progress.update(self._task, total=done, completed=done)
 
 
 class Console:
@@ -79,19 +42,10 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[ProgressWatcher]:
-        columns = (
-            SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
-        )
-        with Progress(*columns, console=self._console) as progress:
-            watcher = ProgressWatcher(progress)
+        drawn = self._console.is_terminal and not self._console.is_dumb_terminal
+        with bars(self._console) if drawn else nullcontext(Lines(self._console)) as watcher:
             yield watcher
-            watcher._finish()
+            watcher.finish()
 
     def say(self, text: str) -> None:
         self._console.print(text)

@@ -45,11 +45,10 @@ class SequentialRun:
         self._diverged_in_a_row = 0
         # How many settling rounds the editor's state has had.
         self._settled = 0
-        # Of the edits that this process made: how many, how many were answered rightly at once, and since when.
+        # Of the edits that this process made: how many, and how many were answered rightly at once.
         self._made = self._right = 0
         # What asking ahead took, for each of the requests asked about.
         self._ahead_seconds = 0.0
-        self._began = time.perf_counter()
 
     # -- going on --------------------------------------------------------------------------------------------------
 
@@ -108,7 +107,6 @@ class SequentialRun:
         done = len(context.journal.positions())
         context.watcher.stage("editing", len(order), done)
         self._log_again(order[:done])
-        self._began = time.perf_counter()
         for number in range(done, len(order)):
             if number == done or number % _ASKED_AHEAD == 0:
                 block = number - number % _ASKED_AHEAD
@@ -231,10 +229,7 @@ class SequentialRun:
         loss = record.curve.losses[-1] if record.curve.losses else math.nan
         self._made += 1
         self._right += all(r.generation for r in record.immediate if r.question.measure == "reliability")
-        pace = (time.perf_counter() - self._began) / self._made
-        self._context.watcher.advance(
-            f"loss {loss:.3f}, {self._right / self._made:.0%} right at once, {pace:.2f} s an edit"
-        )
+        self._context.watcher.advance(f"loss {loss:.3f}, {self._right / self._made:.0%} right at once")
         self._log_edit(record, edits)
 
     # -- figures for those who watch from elsewhere ------------------------------------------------------------------
