@@ -116,6 +116,27 @@ def test_generate_and_eval_use_a_saved_adapter(testbed: Path, sequential_run: tu
     assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
 
 
+def test_a_seed_is_the_option_else_the_files_else_the_default(
+    testbed: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def note(words: RunWords, *_: object, **__: object) -> None:
+        given.append(words.config.seed)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr("baft.runs.start.start", note)
+    files = {name: tmp_path / f"{name}.yaml" for name in ("says", "silent")}
+    files["says"].write_text("seed: 7\n")
+    files["silent"].write_text("rank: 24\n")
+    arguments = ("--model", testbed, "--dataset", dataset, "--mode", "sequential")
+    for number, (file, option) in enumerate((f, o) for f in files for o in ((), ("--seed", 0), ("--seed", 3))):
+        done = baft("run", *arguments, "--config", files[file], *option, "--out", tmp_path / str(number))
+        assert "that is all" in done.stderr
+    assert given == [7, 0, 3, 0, 0, 3]
+    assert "that is all" in baft("demo", "--out", tmp_path / "demo").stderr and given[-1] == 0
+
+
 def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """A finished run is one that has nothing left to do."""
     out, results = sequential_run
@@ -171,10 +192,16 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
     assert baft("run", "--resume", "--out", out, "--tensor-parallel").returncode == 2
     done = baft("run", "--resume", "--out", out, "--config", other)
     assert done.returncode == 2 and done.stderr.endswith("with another one: rank was 24 and is 23\n")
+    other.write_text("rank: 24\nlocality_weight: 5\nseed: 4\n")
+    done = baft("run", "--resume", "--out", out, "--config", other)
+    assert done.returncode == 2 and done.stderr.endswith("with another one: seed was 3 and is 4\n")
     same = out.with_suffix(".yaml")  # the same words may be said again
     again = shutil.copytree(out, tmp_path / "again")
-    done = baft("run", "--resume", "--out", again, "--seed", 3, "--config", same, "--edits", 4, "--mode", "sequential")
-    assert done.returncode == 0, done.stderr
+    for file in (same, other):  # in which --seed overrules what the file says
+        done = baft(
+            "run", "--resume", "--out", again, "--seed", 3, "--config", file, "--edits", 4, "--mode", "sequential"
+        )
+        assert done.returncode == 0, done.stderr
     done = baft("run", "--resume", "--out", tmp_path / "none")
     assert done.returncode == 2 and "run.json" in done.stderr
     done = baft("run", "--out", out, "--model", "m", "--dataset", "d", "--mode", "batch")

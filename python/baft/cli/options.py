@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "OptionalDataset",
     "OptionalModel",
+    "OptionalSeed",
     "Out",
     "Quantise",
     "Seed",
@@ -35,7 +36,9 @@ Dataset = Annotated[str, _DATASET]
 OptionalDataset = Annotated[str | None, _DATASET]
 Adapter = Annotated[Path, typer.Option(help="A folder that save_pretrained or a run wrote.")]
 Edits = Annotated[int | None, typer.Option(help="How many requests to edit; all by default.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of requests, of the bases, and of training.")]
+_SEED = "Of the choice of requests, of the bases, and of training"
+Seed = Annotated[int, typer.Option(help=f"{_SEED}.")]
+OptionalSeed = Annotated[int | None, typer.Option(help=f"{_SEED}; by default the configuration's.")]
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file with fields of BaftConfig.")]
 Out = Annotated[Path, typer.Option(help="A new or empty folder for everything that the run writes.")]

@@ -19,6 +19,7 @@ from baft.cli.options import (
     Method,
     OptionalDataset,
     OptionalModel,
+    OptionalSeed,
     Out,
     Quantise,
     Seed,
@@ -66,7 +67,7 @@ def run(
     mode: Annotated[Literal["single", "batch", "sequential"] | None, typer.Option()] = None,
     method: Method = "baft",
     edits: Edits = None,
-    seed: Seed = 0,
+    seed: OptionalSeed = None,
     backend: Backend = None,
     config: Config = None,
     slots: Annotated[
@@ -156,7 +157,9 @@ def _agree(words: RunWords, context: typer.Context) -> None:
     said = {name: value for name, value in context.params.items() if _is_said(context, name)}
     started: dict[str, Any] = {**dict(words), "seed": words.config.seed, "backend": words.config.backend}
     if path := said.pop("config", None):
-        config = load_config(path, seed=words.config.seed, backend=words.config.backend)
+        config = load_config(path, seed=said.get("seed"), backend=said.get("backend"))
+        left_open = {"seed", "backend"} - config.model_fields_set
+        config = config.model_copy(update={name: getattr(words.config, name) for name in left_open})
         found = differences(words.config.model_dump(mode="json"), config.model_dump(mode="json"))
         if found:
             raise ValueError(f"config: the run was started with another one: {'; '.join(found)}")
