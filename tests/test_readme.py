@@ -1,4 +1,4 @@
-"""Every Python example of the README runs as it is written."""
+"""Every Python example of the README runs as it is written, and its environment variables are those that are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -19,3 +20,19 @@ def test_the_readme_has_examples() -> None:
 def test_example(code: str, testbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # it saves to a folder
     exec(compile(code.replace('"MODEL"', repr(str(testbed))), "README.md", "exec"), {})
+
+
+def test_the_environment_variables_are_those_that_are_read() -> None:
+    rows = re.findall(r"^\| `(BAFT_\w+)` \| .*? \| `(.*?)` \|", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    folders = ("baft_kernels", "python", "csrc", "bench")
+    files = [ROOT / "setup.py", ROOT / "tests" / "conftest.py"]
+    files += [path for name in folders for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".cpp", ".cu")]
+    read = {name for path in files for name in _variables(path)}
+    assert {name for name, _ in rows} == read and len(rows) == len(read)
+    for name, file in rows:
+        assert name in _variables(ROOT / file)
+
+
+def _variables(path: Path) -> list[str]:
+    """Our environment variables stand in quotes, where a file reads or sets them; macros of that prefix don't."""
+    return re.findall(r'"(BAFT_[A-Z_]+)"', path.read_text(encoding="utf-8"))
