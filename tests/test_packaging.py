@@ -1,0 +1,70 @@
+"""What is handed out: sdists with all of the source."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MADE = shutil.ignore_patterns(
+    ".git", ".venv", ".*cache", "__pycache__", "build", "dist", "*.egg-info", "*.so", "results", "runs"
+)
+
+# setup.py as where no torch is installed: None in sys.modules makes an import fail, and nothing is found.
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources, for setup.py leaves traces where it runs."""
+    return Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=MADE))
+
+
+def setup_py(
+    checkout: Path, *arguments: str, torch: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BAFT_")}
+    return subprocess.run(
+        [sys.executable, *(("setup.py",) if torch else ("-c", WITHOUT_TORCH)), "-q", *arguments],
+        cwd=checkout,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_sdist_has_all_that_building_testing_and_measuring_need(checkout: Path) -> None:
+    """On a machine without nvcc, too; and it can be made without torch, as by pip under build isolation."""
+    (checkout / "bench" / "results").mkdir()
+    (checkout / "bench" / "results" / "figures.md").touch()
+    done = setup_py(checkout, "sdist", torch=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    folders = ("csrc", "baft_kernels", "python/baft", "tests", "bench")
+    files = {str(path.relative_to(ROOT)) for folder in folders for path in _sources(ROOT / folder)}
+    assert {"csrc/cpu/kernels.inl", "csrc/cuda/tiles.cuh", "csrc/cuda/forward.cu"} <= files
+    assert files <= packed
+    assert not [name for name in packed if name.startswith("bench/results")]
+    assert {"LICENSE", "Makefile", "constraints.txt", ".ci/setup_venv.sh"} <= packed
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The files of a folder that no tool has made."""
+    for path in folder.iterdir():
+        if path.name in MADE(str(folder), [path.name]):
+            continue
+        yield from _sources(path) if path.is_dir() else (path,)
