@@ -1,8 +1,9 @@
 """Builds csrc/ where there are torch's headers and a compiler: C++ for the CPU, nvcc for CUDA.
 
 Everything static is in pyproject.toml. The builds are ninja's, since each file has flags of its own, and what hasn't
-changed isn't compiled again. What can't be built is left out, and the package installs all the same, without that
-backend: ``python -m baft_kernels.info`` says so.
+changed isn't compiled again. What a machine can't build is left out, and the package installs all the same, without
+that backend: ``python -m baft_kernels.info`` says so. Without torch or ninja, which every machine can have, nothing is
+installed, unless no kernels are wanted.
 
 BAFT_BUILD_CPU=1 makes a failing build of the CPU kernels an error, 0 builds none. BAFT_BUILD_CUDA likewise; unset, the
 CUDA kernels are built if torch is a CUDA build and nvcc is there. Neither needs a GPU, and any torch from 2.11 on does.
@@ -22,7 +23,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -63,6 +66,12 @@ SOURCES = {
 class BuildWithNinja(build_ext):
     """Compiles an extension by a build.ninja made for it."""
 
+    def run(self) -> None:
+        if self.extensions:
+            _torch()
+            _ninja()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
@@ -78,6 +87,14 @@ class BuildWithNinja(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(_build_file(ext.name, target)) + "\n")
         subprocess.run([_ninja(), "-C", str(folder), "--quiet"], check=True)
+
+
+class Wheel(bdist_wheel):
+    """Without a library in it, it runs on every platform, and is tagged so."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        self.root_is_pure = not any(Path(self.bdist_dir).rglob("*.so"))
+        return super().get_tag()
 
 
 def _build_file(name: str, target: Path) -> Iterable[str]:
@@ -120,7 +137,11 @@ def _rule(name: str, command: str, *, depends: bool = True) -> Iterable[str]:
 def _torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise RuntimeError("torch isn't installed here: install it first, then this with pip's --no-build-isolation")
+        raise SetupError(
+            "torch isn't installed where baft-kernels is built (pip's build isolation hides it), so there would be no "
+            "kernels; install torch, then: pip install setuptools ninja && pip install --no-build-isolation . "
+            "(BAFT_BUILD_CPU=0 installs without kernels)"
+        )
     return Path(spec.origin).parent
 
 
@@ -145,7 +166,7 @@ def _ninja() -> str:
     beside = Path(sys.executable).with_name("ninja")
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if found is None:
-        raise RuntimeError("ninja isn't installed")
+        raise SetupError("ninja isn't installed where baft-kernels is built: pip install ninja")
     return found
 
 
@@ -159,13 +180,13 @@ def _wanted(name: str) -> bool:
         return asked != "0"
     try:
         return runpy.run_path(str(_torch() / "version.py"))["cuda"] is not None and bool(_nvcc())
-    except (OSError, RuntimeError, KeyError):
+    except (OSError, RuntimeError, KeyError, SetupError):
         return False
 
 
 extensions = [Extension(name, SOURCES[name], py_limited_api=True, optional=True) for name in SOURCES if _wanted(name)]
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildWithNinja},
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

@@ -1,4 +1,4 @@
-"""What is handed out: sdists with all of the source."""
+"""What is handed out: sdists with all of the source, wheels with the kernels or tagged as having none."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ WITHOUT_TORCH = """
 import runpy, sys
 sys.modules["torch"] = None
 runpy.run_path("setup.py", run_name="__main__")
+"""
+
+# A compiler that makes empty files of what it is asked for.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -o | -MF) : >"$2" ;; esac
+  shift
+done
 """
 
 
@@ -68,3 +76,30 @@ def _sources(folder: Path) -> Iterator[Path]:
         if path.name in MADE(str(folder), [path.name]):
             continue
         yield from _sources(path) if path.is_dir() else (path,)
+
+
+def test_without_torch_nothing_is_installed_unless_no_kernels_are_wanted(checkout: Path) -> None:
+    done = setup_py(checkout, "build", torch=False)
+    assert done.returncode != 0
+    assert "torch isn't installed where baft-kernels is built" in done.stderr
+    assert "pip install --no-build-isolation ." in done.stderr and "Traceback" not in done.stderr
+    assert setup_py(checkout, "build", torch=False, BAFT_BUILD_CPU="0", BAFT_BUILD_CUDA="1").returncode != 0
+    done = setup_py(checkout, "build", torch=False, BAFT_BUILD_CPU="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_without_a_library_is_for_every_platform(checkout: Path) -> None:
+    done = setup_py(checkout, "bdist_wheel", BAFT_BUILD_CUDA="0", CXX="/nowhere/c++")
+    assert done.returncode == 0 and "baft_kernels._cpu isn't built: no C++ compiler" in done.stderr
+    (wheel,) = (checkout / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_a_wheel_with_a_library_is_for_its_platform(checkout: Path) -> None:
+    compiler = checkout / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    done = setup_py(checkout, "bdist_wheel", BAFT_BUILD_CUDA="0", BAFT_BUILD_CPU="1", CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "dist").iterdir()
+    assert "-cp310-abi3-" in wheel.name and not wheel.name.endswith("-any.whl")
