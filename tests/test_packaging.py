@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -103,3 +107,31 @@ def test_a_wheel_with_a_library_is_for_its_platform(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = (checkout / "dist").iterdir()
     assert "-cp310-abi3-" in wheel.name and not wheel.name.endswith("-any.whl")
+
+
+def test_whatever_is_imported_is_required() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    names = {_normalised(re.split(r"[^\w.-]", requirement)[0]) for requirement in required}
+    distributions = packages_distributions()
+    ours = {"baft", "baft_kernels", *sys.stdlib_module_names}
+    for package in ("baft_kernels", "python/baft"):
+        for path in (ROOT / package).rglob("*.py"):
+            for module in _imported(path) - ours:
+                assert names & {_normalised(name) for name in distributions.get(module, [module])}, f"{path}: {module}"
+
+
+def _imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def _normalised(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
