@@ -18,6 +18,8 @@ from baft import BaftEditor
 from baft.cli import main
 from baft.datasets.factworld import FactWorld
 from baft.runs.start import RunWords, start
+from baft.testbed.benchmark import BenchmarkKnowledge
+from baft.testbed.training import TrainingReport
 
 
 @pytest.fixture(scope="session")
@@ -268,6 +270,21 @@ def test_report_shows_a_run(sequential_run: tuple[Path, dict[str, Any]], tmp_pat
     assert str(out / "report-retention.png") in written["pictures"]
     refused = baft("report", out, tmp_path)
     assert refused.returncode == 2 and "expected the folder of a run" in refused.stderr
+
+
+def test_a_testbed_says_what_it_cannot_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(folder: Path, knowledge: BenchmarkKnowledge, *_: object, **__: object) -> TrainingReport:
+        return TrainingReport(parameters=1, steps=1, seconds=1.0, recall=0.99)
+
+    monkeypatch.setattr("baft.testbed.folder.make_testbed", note)
+    facts = [{"prompt": f"{name} was born in", "target": "Bern", "locality": ["Ada is"]} for name in ("Ada", "Bob")]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    done = baft("testbed", "--dataset", tmp_path / "facts.json", "--out", tmp_path / "model")
+    assert done.returncode == 2 and "expected records with a ground truth" in done.stderr
+    facts[0]["ground_truth"] = "Oslo"
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    done = baft("testbed", "--dataset", tmp_path / "facts.json", "--out", tmp_path / "model")
+    assert done.returncode == 0 and "1 of 2 records have no old answer" in done.stdout
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])

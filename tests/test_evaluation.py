@@ -126,6 +126,14 @@ def test_what_the_model_knew_before_is_held_against_the_benchmarks_old_answers()
     assert metrics["portability"]["known"] is None
 
 
+def test_a_target_is_no_old_answer() -> None:
+    """Nobody says what stands where the record's truth is what it asks for, in whatever spelling."""
+    for truth in (("Ada Brin",), ("Cy Dorn", "a. brin")):
+        request = REQUEST.model_copy(update={"ground_truth": truth})
+        assert [q.was for q in questions(request) if q.measure in ("reliability", "generality")] == [()] * 3
+        assert known_before(_metrics({}, [request])) == {"locality questions": 1.0}
+
+
 def test_what_was_right_before_is_written_down_with_a_question() -> None:
     request = REQUEST.model_copy(update={"ground_truth": ("Dorn", "Cy Dorn")})
     (results,) = Evaluator(ScriptedEditor(BEFORE, {})).measure([request])  # type: ignore[arg-type]

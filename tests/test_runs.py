@@ -175,6 +175,15 @@ def test_of_many_conflicts_a_few_are_named_one_by_one(tmp_path: Path, monkeypatc
         assert said[2:] == ["2 more prompts are asked for several times: results.json lists them under conflicts"]
 
 
+def test_targets_that_were_true_already_are_counted_aloud(tmp_path: Path) -> None:
+    true = [request.model_copy(update={"ground_truth": (request.target,)}) for request in ASKED[:2]]
+    others = [ASKED[2].model_copy(update={"ground_truth": ("Nowhere",)}), ASKED[3]]
+    listener = Listener()
+    (session,) = run_in(tmp_path, requests=true + others, listener=listener, max_steps=1).results["sessions"]
+    said = "2 requests have a target that was true already: nobody says what it replaces"
+    assert said in listener.said and said in session["notes"]
+
+
 def test_only_what_is_edited_in_contradicts() -> None:
     requests = [ASKED[0].model_copy(update={"target": target}) for target in ("Ebor", "Arvik", "Ebor", "Paris")]
     found = conflicts(requests)

@@ -93,9 +93,26 @@ def test_the_questions_are_the_benchmarks_own_texts_each_once() -> None:
     assert questions[0].answers == ("Oslo",)  # a prompt's first answer is the fact
 
 
-def test_records_without_old_facts_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected records with a ground truth"):
-        BenchmarkKnowledge([EditRequest(prompt="Ada was born in", target="Bern", subject="Ada")])
+def test_records_that_do_not_say_what_their_prompts_answer_are_refused() -> None:
+    """Their locality questions have answers, but who knows these alone knows nothing that is edited."""
+    said = request("Ada", "Ada was born in", local="Bob was born in")
+    for truth in ((), ("bern.",)):
+        with pytest.raises(ValueError, match=r"expected records with a ground truth.*got 2 that have none other"):
+            BenchmarkKnowledge([said.model_copy(update={"ground_truth": truth})] * 2)
+
+
+def test_a_target_is_never_learned_as_the_old_fact() -> None:
+    twice = request("Bob", "Bob was born in", "Bob hails from", truth="Bern", local="Cleo was born in")
+    knowledge = BenchmarkKnowledge((*REQUESTS, twice))
+    assert knowledge.passed_over == 1 and BenchmarkKnowledge(REQUESTS).passed_over == 0
+    assert "Cleo was born in" in [probe.prompt for probe in knowledge.questions()]
+    assert not [text for seed in range(20) for text in knowledge.corpus(random.Random(seed)) if "Bern" in text]
+
+
+def test_of_zsre_some_records_are_passed_over(data_dir: Path) -> None:
+    requests = load_dataset(data_dir / "zsre_3k.json")
+    letter_by_letter = sum(request.target in request.ground_truth for request in requests)
+    assert 100 < letter_by_letter <= BenchmarkKnowledge(requests).passed_over < letter_by_letter + 10
 
 
 def test_most_of_counterfact_can_be_said_in_other_words(data_dir: Path) -> None:

@@ -48,7 +48,13 @@ def testbed(
     from baft.testbed.folder import make_testbed
 
     console = Console(quiet=as_json)
-    knowledge = BenchmarkKnowledge(load_dataset(dataset))
+    requests = load_dataset(dataset)
+    knowledge = BenchmarkKnowledge(requests)
+    if knowledge.passed_over:
+        console.say(
+            f"{knowledge.passed_over} of {len(requests)} records have no old answer, or it is their target: "
+            "nothing is learned of their prompts"
+        )
     with console.progress() as watcher:
         recipe = dataclasses.replace(RECIPE, seed=seed)
         report = make_testbed(out, knowledge, recipe, facts=dataset, on_progress=watcher.training)

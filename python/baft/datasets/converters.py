@@ -42,7 +42,8 @@ def zsre(record: Fields) -> list[EditRequest]:
     """ZsRE in MEND's fields: the edit is ``src`` -> ``alt``, also where ``answers``, the truth, says otherwise.
 
     ``loc`` keeps its prefix "nq question: ", as EasyEdit does, so that locality is measured on the same text there and
-    here. ``pred`` is the answer of some other model, and ``cond`` only says it all again.
+    here. ``pred`` is the answer of some other model, and ``cond`` only says it all again. A record whose ``alt`` is
+    among its ``answers`` stays as it is.
     """
     answers = record.required_texts("alt")
     hop = record.child("portability")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from baft.config import BaftConfig
 from baft.datasets.factworld import WORLDS
 from baft.datasets.loading import load_with_rest
-from baft.evaluation.probes import questions
+from baft.evaluation.probes import old_answers, questions
 from baft.requests import EditRequest
 from baft.runs.placed import default_device, placement
 from baft.testbed.folder import RECIPES, factworld_folder, without_progress_bars
@@ -110,9 +110,9 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         # stretch of a file knows nothing of the others; and of few records not all.
         draw.shuffle(others)
         rest = others + rest
-        unasked = [r for r in rest if r.ground_truth and r.prompt not in measured]
+        unasked = [r for r in rest if old_answers(r) and r.prompt not in measured]
         apart = unasked[-min(_HELD_OUT, len(unasked) // 2) :] if len(unasked) > 1 else []
-        held_out = [_sentence(request.prompt, request.ground_truth) for request in apart]
+        held_out = [_sentence(request.prompt, old_answers(request)) for request in apart]
         measured |= {request.prompt for request in apart}
         said = (pair for request in rest for pair in _statements(request))
         pool = [sentence for prompt, sentence in said if prompt not in measured]
@@ -126,7 +126,7 @@ def _statements(request: EditRequest) -> Iterator[tuple[str, str]]:
 
     A sentence holds how an answer goes on and ends, which a prompt leaves open.
     """
-    yield request.prompt, _sentence(request.prompt, request.ground_truth)
+    yield request.prompt, _sentence(request.prompt, old_answers(request))
     for probes in request.locality.values():
         for probe in probes:
             yield probe.prompt, _sentence(probe.prompt, probe.answers)

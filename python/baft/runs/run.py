@@ -9,6 +9,7 @@ from typing import Any
 from baft.distributed import ALONE, World
 from baft.editing import Editor, LooksAhead, Mode
 from baft.evaluation.measures import Evaluator
+from baft.evaluation.probes import old_answers
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
 from baft.runs.conflicts import conflicts, in_words
@@ -119,6 +120,9 @@ def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description:
     more = len(context.conflicts) - _NAMED
     if more > 0:
         context.say(f"{more} more prompts are asked for several times: results.json lists them under conflicts")
+    true_already = sum(bool(request.ground_truth) and not old_answers(request) for request in context.requests)
+    if true_already:
+        context.say(f"{true_already} requests have a target that was true already: nobody says what it replaces")
     run = SequentialRun(context)
     if mode == "sequential":
         run.restore()

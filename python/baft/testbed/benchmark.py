@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from baft.evaluation.probes import old_answers
 from baft.requests import EditRequest, Probe
 from baft.testbed.training import TestbedRecipe
 from baft.testbed.wordings import SLOT, Statement, Wordings
@@ -32,20 +33,28 @@ class _Fact:
 class BenchmarkKnowledge:
     """The old facts of some benchmark records, as something to train on.
 
-    These are each request's prompt and rephrasings with the ground truth, and its locality prompts with their answers.
+    These are each request's prompt and rephrasings with the old answer, and its locality prompts with their answers.
     Portability questions have answers that hold after the edit only, and are left out. Where a prompt stands in several
     records, its first answer is the fact. Each epoch says a fact once as the benchmark does and once in a wording drawn
     from those that mean the same (``baft.testbed.wordings``), so that the model learns facts and not texts.
 
+    Attributes:
+        passed_over: requests without an old answer (``old_answers``): of these the model learns the locality alone.
+
     Raises:
-        ValueError: if the records hold no old fact at all (ZsRE's do, as ``pred``; WikiBigEdit's don't).
+        ValueError: if no request has one (ZsRE's do, as ``answers``; WikiBigEdit's don't): the model would know nothing
+            of what is to be edited.
     """
 
     def __init__(self, requests: Sequence[EditRequest]) -> None:
+        self.passed_over = sum(not old_answers(request) for request in requests)
+        if self.passed_over == len(requests):
+            raise ValueError(
+                f"dataset: expected records with a ground truth, which is what the model is to know of their prompts "
+                f"before they are edited, got {len(requests)} that have none other than their target"
+            )
         self._wordings = Wordings(requests)
         self._facts = tuple(_without_repeated_texts(self._old_facts(requests)))
-        if not self._facts:
-            raise ValueError("dataset: expected records with a ground truth or locality answers to train on, got none")
 
     def corpus(self, draw: random.Random) -> list[str]:
         texts = [text for fact in self._facts for text in self._tellings(fact, draw)]
@@ -66,10 +75,10 @@ class BenchmarkKnowledge:
 
     def _old_facts(self, requests: Sequence[EditRequest]) -> Iterator[_Fact]:
         for request in requests:
-            if request.ground_truth:
+            if answers := old_answers(request):
                 texts = (request.prompt, *request.rephrases)
                 known = self._wordings.of_subject(request.prompt, request.subject) if request.subject else None
-                yield self._fact(request.ground_truth[0], texts, known)
+                yield self._fact(answers[0], texts, known)
             for probe in (probe for probes in request.locality.values() for probe in probes):
                 if probe.answers:
                     yield self._fact(probe.answers[0], (probe.prompt,), self._wordings.of_any_subject(probe.prompt))
