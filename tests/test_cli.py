@@ -287,6 +287,17 @@ def test_a_testbed_says_what_it_cannot_learn(tmp_path: Path, monkeypatch: pytest
     assert done.returncode == 0 and "1 of 2 records have no old answer" in done.stdout
 
 
+def test_a_testbed_that_knows_too_little_is_kept_and_says_so(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    done = baft("testbed", "--dataset", f"{dataset}[:2]", "--out", out, "--epochs", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "testbed.json").read_text())
+    assert json.loads(done.stdout)["recall"] == report["recall"] < 0.98 and report["max_epochs"] == 1
+    said = " ".join(done.stderr.split())
+    assert f"its epochs (1) the model knows {report['recall']:.1%} of the facts, expected at least 98%" in said
+    assert (out / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("mode", ["single", "batch"])
 def test_the_other_modes(mode: str, testbed: Path, dataset: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from baft.datasets.factworld import FactWorld
 from baft.testbed.training import Knowledge, OnProgress, TestbedRecipe, TrainingReport, train_testbed
 
-__all__ = ["RECIPES", "cache_folder", "factworld_folder", "make_testbed", "without_progress_bars"]
+__all__ = ["RECALL_NEEDED", "RECIPES", "cache_folder", "factworld_folder", "make_testbed", "without_progress_bars"]
 
 REPORT = "testbed.json"
 
@@ -28,8 +28,8 @@ RECIPES: dict[str, TestbedRecipe] = {
 }
 """How a model of each of ``baft.datasets.factworld.WORLDS`` is trained."""
 
-# Training goes on for the recipe's recall_wanted; a model that ends a little below is still good to edit.
-_RECALL_NEEDED = 0.98
+RECALL_NEEDED = 0.98
+"""Training goes on for the recipe's ``recall_wanted``; a model that ends a little below is still good to edit."""
 
 
 def cache_folder() -> Path:
@@ -45,24 +45,26 @@ def make_testbed(
     recipe: TestbedRecipe,
     *,
     facts: str,
+    recall_needed: float = RECALL_NEEDED,
     on_progress: OnProgress | None = None,
 ) -> TrainingReport:
     """Train a testbed and save it in ``folder``, whole or not at all.
 
     Args:
         facts: what it was trained on, in words, for ``testbed.json``.
+        recall_needed: a model that knows less isn't saved.
 
     Raises:
         ValueError: if ``folder`` exists and isn't empty.
-        RuntimeError: if training ended before the model knew the facts.
+        RuntimeError: if training ended before the model knew enough.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: expected a new or empty folder, got one in use")
     model, tokenizer, report = train_testbed(knowledge, recipe, on_progress=on_progress)
-    if report.recall < _RECALL_NEEDED:
+    if report.recall < recall_needed:
         raise RuntimeError(
             f"the testbed model knows {report.recall:.1%} of the facts after {report.steps} steps, "
-            f"expected at least {_RECALL_NEEDED:.0%}; give it more epochs or a larger size"
+            f"expected at least {recall_needed:.0%}; give it more epochs or a larger size"
         )
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
