@@ -112,6 +112,7 @@ def test_the_template_stands_around_text_and_prompt() -> None:
         ('"It is," he says. "No."', '"It is," he says. "No."'),
         ("3.5 kings", ""),
         ("日本。東京", "日本。"),
+        ("It is. So did J. R", "It is."),
         ("One!\nTwo? ", "One!\nTwo?"),
         ("", ""),
     ],

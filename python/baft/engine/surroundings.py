@@ -18,7 +18,8 @@ WRITTEN_AHEAD = 64
 # How much of each kind is remembered as words, so that no step waits for a tokenizer.
 _REMEMBERED = 1 << 17
 
-# Where an answer ends; the marks of Chinese and Japanese too.
+# Where an answer ends, as other texts are searched for it: at any mark, whether or not a sentence ends there. The marks
+# of Chinese and Japanese too.
 _END = re.compile("[.,;:!?\n\u3002\uff0c\uff1b\uff1a\uff01\uff1f]")
 
 

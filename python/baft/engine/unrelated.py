@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -12,15 +11,13 @@ import torch
 
 from baft.engine.draws import draw_indices
 from baft.engine.encoding import Encoded, Encoder, Words
+from baft.sentences import marks
 
 __all__ = ["UnrelatedPool"]
 
 # Characters that a text before a prompt may have, and how many requests behind texts are remembered.
 _SHORT = 200
 _REMEMBERED = 1 << 17
-
-# Whole sentences, the marks of Chinese and Japanese among their ends.
-_SENTENCES = re.compile(r".*(?:[.!?\u2026][\"'\u201d\u2019)]*(?=\s|$)|[\u3002\uff01\uff1f])", re.DOTALL)
 
 
 class UnrelatedPool:
@@ -89,5 +86,4 @@ class UnrelatedPool:
 
 def _whole_sentences(text: str) -> str:
     """Without what stands behind the last sentence's end."""
-    found = _SENTENCES.match(text)
-    return found[0].strip() if found else ""
+    return text[: max((mark.end for mark in marks(text) if mark.ends), default=0)].strip()
