@@ -170,7 +170,8 @@ def test_a_locality_probe_without_an_answer_has_no_forced_measure() -> None:
 def test_each_request_counts_once_whatever_its_number_of_probes() -> None:
     one = EditRequest(prompt="p", target="t", rephrases=["right"])
     three = EditRequest(prompt="q", target="t", rephrases=["wrong 1", "wrong 2", "wrong 3"])
-    assert _metrics({"right": "t"}, [one, three])["generality"]["generation"] == 0.5
+    generality = _metrics({"right": "t"}, [one, three])["generality"]
+    assert (generality["generation"], generality["kinds"]) == (0.5, {"generality": 0.5})
 
 
 def test_base_answers_are_recorded_once_and_with_the_edits_off() -> None:

@@ -178,7 +178,7 @@ class Evaluator:
 
 
 def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:
-    """Average probe results: each request counts once in a measure, whatever its number of probes.
+    """Average probe results: each request counts once in a measure and in a kind, whatever its number of probes.
 
     Returns:
         For each measure ``{"generation", "token", "sequence", "known", "kinds": {kind: generation}}``; a family without
@@ -195,7 +195,8 @@ def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:
                 if found:
                     per_request[measure, score].append(fmean(found))
             for kind in dict.fromkeys(result.question.kind for result in probes):
-                kinds[measure][kind] += _scores([p for p in probes if p.question.kind == kind], "generation")
+                found = _scores([p for p in probes if p.question.kind == kind], "generation")
+                kinds[measure][kind].append(fmean(found))
     metrics: Metrics = {}
     for measure in MEASURES:
         values = {score: per_request[measure, score] for score in SCORES}
