@@ -222,9 +222,11 @@ def test_hostile_texts_are_data(tmp_path: Path) -> None:
     assert HOSTILE in _data(html)[0]["texts"]
 
 
-def test_before_is_what_the_unedited_model_answers_rightly() -> None:
+def test_already_is_what_the_unedited_model_gave_of_the_new_answers(html: str) -> None:
     lines = [EditLine.model_validate(edit(k, before="Oboe." if k < 3 else "cello.")) for k in range(4)]
-    assert digest(lines).before == {"reliability": 0.75, "generality": 0.0}
+    assert digest(lines).already == {"reliability": 0.75, "generality": 0.0}
+    heads = re.findall(r'<th scope="col">(.*?)</th>', html)
+    assert heads[:3] == ["already", "right after", "at the end"]
 
 
 def test_a_measure_without_data_is_said_to_have_none(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from baft.evaluation.matching import matches
 from baft.evaluation.probes import Measure
 from baft.report.source import EditLine, ProbeLine
 
-__all__ = ["KNOWN_BEFORE", "MOST_EDITS", "Digest", "choose", "digest", "is_right"]
+__all__ = ["ALREADY_GIVEN", "MOST_EDITS", "Digest", "choose", "digest", "is_right"]
 
 # A page with more edits than this is slow to load; a browser pages through them easily.
 MOST_EDITS = 2000
 
-# What the unedited model already answered is known for these: locality compares with that model itself, and a line
-# doesn't say which of a request's portability questions are the same one in other words.
-KNOWN_BEFORE: tuple[Measure, ...] = ("reliability", "generality")
+# What the unedited model gave of the new answers already is known for these: locality compares with that model itself,
+# and a line doesn't say which of a request's portability questions are the same one in other words.
+ALREADY_GIVEN: tuple[Measure, ...] = ("reliability", "generality")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Digest:
 
     Attributes:
         seconds: the time that each edit trained, in order.
-        before: the share of each of ``KNOWN_BEFORE`` that the unedited model answers rightly already.
+        already: of each of ``ALREADY_GIVEN`` the share of questions to which the unedited model gave the new answer.
         troubled: of each edit, whether it failed at the end, or diverged.
     """
 
     seconds: list[float]
-    before: dict[Measure, float | None]
+    already: dict[Measure, float | None]
     troubled: list[bool]
 
 
@@ -44,16 +44,17 @@ def is_right(probes: Iterable[ProbeLine]) -> bool | None:
 def digest(edits: Iterable[EditLine]) -> Digest:
     seconds: list[float] = []
     troubled: list[bool] = []
-    known: dict[Measure, list[float]] = {measure: [] for measure in KNOWN_BEFORE}
+    already: dict[Measure, list[float]] = {measure: [] for measure in ALREADY_GIVEN}
     for edit in edits:
         probes = edit.final or edit.immediate
         seconds.append(edit.training.seconds)
         troubled.append(edit.training.diverged or is_right(probes) is False)
-        for measure, shares in known.items():
+        for measure, shares in already.items():
             asked = [matches(probe.before, probe.answers) for probe in probes if probe.measure == measure]
             if asked:
                 shares.append(fmean(asked))  # each request counts once, as in the measures themselves
-    return Digest(seconds, {measure: fmean(shares) if shares else None for measure, shares in known.items()}, troubled)
+    given = {measure: fmean(shares) if shares else None for measure, shares in already.items()}
+    return Digest(seconds, given, troubled)
 
 
 def choose(troubled: Sequence[bool], most: int) -> set[int]:
