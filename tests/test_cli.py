@@ -139,6 +139,21 @@ def test_a_seed_is_the_option_else_the_files_else_the_default(
     assert "that is all" in baft("demo", "--out", tmp_path / "demo").stderr and given[-1] == 0
 
 
+def test_eval_leaves_out_what_a_later_request_contradicts(
+    testbed: Path, sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = sequential_run
+    line = json.loads((out / "edits.jsonl").read_text().splitlines()[-1])
+    same = {"prompt": line["prompt"], "subject": line["subject"]}
+    file = tmp_path / "twice.json"
+    file.write_text(json.dumps([{**same, "target_new": target} for target in ("Nowhere", line["target"])]))
+    asked = ("eval", "--model", testbed, "--adapter", out / "adapter", "--dataset", file)
+    found = json.loads(baft(*asked, "--json").stdout)
+    assert (found["requests"], found["superseded"]) == (1, 1)
+    assert found["metrics"]["reliability"]["generation"] == 1.0
+    assert "Left out, as later requests contradict them: 1" in " ".join(baft(*asked).stdout.split())
+
+
 def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """A finished run is one that has nothing left to do."""
     out, results = sequential_run

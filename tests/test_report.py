@@ -247,10 +247,10 @@ def test_a_packed_edit_has_all_that_was_said() -> None:
     line = edit(7, right_at_the_end=False, before="lute.")
     packed = pack([EditLine.model_validate(line)], {0})
     texts, (row,) = packed["texts"], packed["edits"]
-    index, id, prompt, target, steps, seconds, ended, curve, immediate, final, probes = row
+    index, id, prompt, target, steps, seconds, ended, curve, immediate, final, probes, superseded = row
     assert (index, texts[id], texts[prompt], texts[target]) == (7, "made-up-7", "Person 7 plays the", "oboe")
     assert (steps, seconds, ended, packed["curves"][curve]) == (4, 0.5, "converged", (8.0, 2.5, 0.6, 0.02))
-    assert (immediate, final, len(probes)) == (True, False, 4)
+    assert (immediate, final, len(probes), superseded) == (True, False, 4, False)
     measure, kind, asked, answers, before, text, right, later, still = probes[0]
     assert (measure, texts[kind], texts[asked]) == (0, "reliability", "Person 7 plays the")
     assert [texts[answer] for answer in answers] == ["oboe"] and texts[before] == "lute."
@@ -261,6 +261,17 @@ def test_single_edits_have_no_end_that_holds_them_all() -> None:
     packed = pack([EditLine.model_validate(edit(0, final=[]))], {0})
     (row,) = packed["edits"]
     assert row[8:10] == [True, None] and row[10][0][-2:] == [None, None]
+
+
+def test_what_is_superseded_has_not_failed() -> None:
+    lines = [EditLine.model_validate(edit(k, right_at_the_end=False, diverged=k == 2)) for k in range(3)]
+    assert digest(lines, superseded={1, 2}).troubled == [True, False, True]
+    packed = pack(lines, {0, 1}, superseded={1})
+    failed, superseded = packed["edits"]
+    judged = [[probe[-1] for probe in row[10]] for row in (failed, superseded)]
+    assert (failed[9], judged[0]) == (False, [False, False, True, True])
+    assert (superseded[9], judged[1]) == (None, [None, None, True, True])  # what it should leave alone is asked of it
+    assert packed["texts"][superseded[10][0][-2]] == "violin"
 
 
 def test_many_edits_are_a_sample_with_every_failure_and_the_page_says_so(tmp_path: Path) -> None:

@@ -78,13 +78,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return {"prompt": HOSTILE, "said": HOSTILE}
         return {
             "right_after": k not in (3, 4),  # 3 never holds, 4 only at the end
-            "right_at_the_end": k not in (3, 80, 81),
+            "right_at_the_end": k not in (3, 80, 81, 90),  # 90 is superseded
             "diverged": k == 99,
             "losses": [9.0, None] if k == 99 else [8.0, 2.5, 0.6, 0.02],
         }
 
     runs = [
-        write_run(folder / "large", (edit(k, **fate(k)) for k in range(120))),
+        write_run(folder / "large", (edit(k, **fate(k)) for k in range(120)), superseded=[90]),
         write_run(folder / "small", [edit(0, target="viola"), edit(1, final=[])], method="LoRA"),
     ]
     return write_report(runs, folder / "page.html", most_edits=110).page
@@ -120,6 +120,13 @@ def test_the_first_view(browser: str, page: Path) -> None:
 def test_filters_and_search(browser: str, page: Path, address: str, numbers: list[int], count: str) -> None:
     view = _open(browser, page, address)
     assert (view.numbers, view.count) == (numbers, count)
+
+
+def test_a_superseded_edit_is_not_judged_at_the_end(browser: str, page: Path) -> None:
+    view = _open(browser, page, "#run=0&edit=90&q=Person+90+")
+    assert "A later request has its prompt and another target, so it isn't judged at the end." in view.detail
+    rows = View(view.detail).texts(r'<tr>(<td class="prompt">.*?</tr>)')
+    assert rows[0] == "Person 90 plays theoboecello.✓ oboeviolin"
 
 
 def test_pages(browser: str, page: Path) -> None:

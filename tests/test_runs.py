@@ -20,13 +20,13 @@ from baft.engine.encoding import Tokens
 from baft.runs import retention
 from baft.runs import sequential as sequential_run
 from baft.runs.checkpoints import Checkpoints, kept
-from baft.runs.conflicts import conflicts, superseded
+from baft.runs.conflicts import can_hold, conflicts
 from baft.runs.folder import RunFolder
 from baft.runs.identity import differences, hash_of_model
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
-from baft.runs.retention import is_milestone, sample
-from baft.runs.run import run_edits
+from baft.runs.retention import Retention, is_milestone, sample
+from baft.runs.run import RunPlan, run_edits
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,29 @@ def test_conflicts_are_listed_and_what_was_contradicted_does_not_count(tmp_path:
     assert [text for text in listener.said if "the last one wins" in text and repr(prompts[1]) in text]
     assert results["metrics"]["immediate"]["reliability"]["generation"] == 1.0
     assert results["metrics"]["final"]["reliability"]["generation"] == 1.0
+    assert results["superseded"] == [1]
     last = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     assert last[1]["final"][0]["text"] == last[4]["final"][0]["text"]
+
+
+def test_what_was_contradicted_is_not_asked_whether_it_still_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[int, list[str]]] = []
+    measure = Retention.measure
+
+    def note(self: Retention, editor: Any, requests: list[Any], edits: int, *rest: Any) -> dict[str, Any]:
+        looked.append((edits, [request.target for request in requests]))
+        return measure(self, editor, requests, edits, *rest)
+
+    monkeypatch.setattr(Retention, "measure", note)
+    asked = [ASKED[0].model_copy(update={"target": target}) for target in ("Ebor", "Arvik", "Paris")]
+    plan = RunPlan(measure_every=1, retained=2, final=1)
+    run_in(tmp_path, requests=[ASKED[1], *asked], plan=plan, max_steps=1, settling_rounds=0)
+    own = ASKED[1].target
+    assert dict(looked) == {1: [own], 2: [own, "Ebor"], 3: [own, "Arvik"], 4: [own, "Paris"]}
+    lines = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
+    assert [line["target"] for line in lines if line["final"]] in ([own], ["Paris"])
 
 
 def test_of_many_conflicts_a_few_are_named_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +208,10 @@ def test_targets_that_were_true_already_are_counted_aloud(tmp_path: Path) -> Non
 def test_only_what_is_edited_in_contradicts() -> None:
     requests = [ASKED[0].model_copy(update={"target": target}) for target in ("Ebor", "Arvik", "Ebor", "Paris")]
     found = conflicts(requests)
-    assert superseded(found) == {0, 1, 2}
-    assert superseded(found, left_out={3}) == {1}
-    assert superseded(found, left_out={1, 2, 3}) == set()
+    assert can_hold(found, range(4)) == [3]
+    assert can_hold(found, range(3)) == can_hold(found, [0, 1, 2]) == [0, 2]  # before it came to the last one
+    assert can_hold(found, range(4), diverged={3}) == [0, 2, 3]
+    assert can_hold(found, [0, 1], diverged={1}) == [0, 1]
     assert conflicts([ASKED[0], ASKED[0].model_copy(update={"prompt": f"{ASKED[0].prompt} "})]) == []
 
 

@@ -26,6 +26,7 @@ def evaluate(
     from baft.datasets import load_dataset
     from baft.editor import BaftEditor
     from baft.evaluation.measures import Evaluator, summarise
+    from baft.runs.conflicts import can_hold, conflicts
     from baft.runs.inputs import load_model
     from baft.runs.watcher import watched
 
@@ -33,12 +34,18 @@ def evaluate(
     with console.progress() as watcher:
         loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
         editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
-        requests = (load_dataset(dataset) if dataset else editor.edits)[:edits]
+        edited = load_dataset(dataset)[:edits] if dataset else editor.edits
+        standing = can_hold(conflicts(edited), range(len(edited)))
+        requests = [edited[position] for position in standing][:edits]
+        superseded = len(edited) - len(standing)
         evaluator = Evaluator(editor)
         metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
     if as_json:
-        typer.echo(json.dumps({"protocol": evaluator.protocol, "requests": len(requests), "metrics": metrics}))
+        found = {"requests": len(requests), "superseded": superseded, "metrics": metrics}
+        typer.echo(json.dumps({"protocol": evaluator.protocol, **found}))
     else:
+        if superseded:
+            console.say(f"Left out, as later requests contradict them: {superseded}")
         console.metrics({"now": metrics}, f"{len(requests)} requests")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -27,7 +27,7 @@ class Digest:
     Attributes:
         seconds: the time that each edit trained, in order.
         already: of each of ``ALREADY_GIVEN`` the share of questions to which the unedited model gave the new answer.
-        troubled: of each edit, whether it failed at the end, or diverged.
+        troubled: of each edit, whether it failed at the end, though it could hold there, or diverged.
     """
 
     seconds: list[float]
@@ -41,14 +41,15 @@ def is_right(probes: Iterable[ProbeLine]) -> bool | None:
     return all(asked) if asked else None
 
 
-def digest(edits: Iterable[EditLine]) -> Digest:
+def digest(edits: Iterable[EditLine], superseded: Collection[int] = ()) -> Digest:
+    """Go through ``edits``, of which those numbered in ``superseded`` can't hold at the end."""
     seconds: list[float] = []
     troubled: list[bool] = []
     already: dict[Measure, list[float]] = {measure: [] for measure in ALREADY_GIVEN}
     for edit in edits:
         probes = edit.final or edit.immediate
         seconds.append(edit.training.seconds)
-        troubled.append(edit.training.diverged or is_right(probes) is False)
+        troubled.append(edit.training.diverged or (edit.index not in superseded and is_right(probes) is False))
         for measure, shares in already.items():
             asked = [matches(probe.before, probe.answers) for probe in probes if probe.measure == measure]
             if asked:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from itertools import zip_longest
 from typing import Any
 
@@ -30,14 +30,18 @@ class _Once:
         return list(self._places)
 
 
-def pack(edits: Iterable[EditLine], chosen: set[int]) -> dict[str, Any]:
-    """Those of ``edits`` whose places are ``chosen``, as ``{"texts", "curves", "edits"}``."""
+def pack(edits: Iterable[EditLine], chosen: set[int], superseded: Collection[int] = ()) -> dict[str, Any]:
+    """Those of ``edits`` whose places are ``chosen``, as ``{"texts", "curves", "edits"}``.
+
+    Those numbered in ``superseded`` aren't judged at the end by what they should bring.
+    """
     texts, curves = _Once(), _Once()
-    rows = [_row(edit, texts, curves) for place, edit in enumerate(edits) if place in chosen]
+    chosen_edits = (edit for place, edit in enumerate(edits) if place in chosen)
+    rows = [_row(edit, texts, curves, edit.index in superseded) for edit in chosen_edits]
     return {"texts": texts.values, "curves": curves.values, "edits": rows}
 
 
-def _row(edit: EditLine, texts: _Once, curves: _Once) -> list[Any]:
+def _row(edit: EditLine, texts: _Once, curves: _Once, superseded: bool) -> list[Any]:
     training = edit.training
     return [
         edit.index,
@@ -49,15 +53,17 @@ def _row(edit: EditLine, texts: _Once, curves: _Once) -> list[Any]:
         "diverged" if training.diverged else "converged" if training.converged else "stopped",
         curves.place(training.losses),
         is_right(edit.immediate),
-        is_right(edit.final),
-        [_probe(*moments, texts) for moments in zip_longest(edit.immediate, edit.final)],
+        None if superseded else is_right(edit.final),
+        [_probe(*moments, texts, superseded) for moments in zip_longest(edit.immediate, edit.final)],
+        superseded,
     ]
 
 
-def _probe(immediate: ProbeLine | None, final: ProbeLine | None, texts: _Once) -> list[Any]:
+def _probe(immediate: ProbeLine | None, final: ProbeLine | None, texts: _Once, superseded: bool) -> list[Any]:
     """One question; a moment at which it wasn't asked (single edits have no end that holds them all) is null."""
     question = immediate or final
     assert question is not None  # zip_longest ends with the longer of the two
+    judged = question.measure == "locality" or not superseded
     return [
         MEASURES.index(question.measure),
         texts.place(question.kind),
@@ -67,5 +73,5 @@ def _probe(immediate: ProbeLine | None, final: ProbeLine | None, texts: _Once) -
         immediate and texts.place(immediate.text),
         immediate and immediate.generation,
         final and texts.place(final.text),
-        final and final.generation,
+        final.generation if final and judged else None,
     ]

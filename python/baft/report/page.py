@@ -83,7 +83,7 @@ def write_report(
 
 
 def _prepared(label: str, source: RunSource, most_edits: int) -> _Run:
-    results, known = source.results, digest(source.edits())
+    results, known = source.results, digest(source.edits(), source.results.superseded)
     pictures = [
         curves.retention(results),
         curves.general(results),
@@ -91,7 +91,8 @@ def _prepared(label: str, source: RunSource, most_edits: int) -> _Run:
         curves.memory(results),
         gates(results),
     ]
-    return _Run(label, source, known, pictures, pack(source.edits(), choose(known.troubled, most_edits)))
+    packed = pack(source.edits(), choose(known.troubled, most_edits), results.superseded)
+    return _Run(label, source, known, pictures, packed)
 
 
 def _together(runs: Sequence[_Run]) -> list[Picture]:

@@ -106,6 +106,7 @@ class Results(_Read):
     Attributes:
         requests: how many edits it shall be in the end, where that is known.
         finished: whether it has come to its end.
+        superseded: the numbers of edits that a later one contradicts, so that they can't hold at the end.
     """
 
     finished: bool = True
@@ -123,6 +124,7 @@ class Results(_Read):
     retention: list[RetentionPoint]
     timing: _Timing
     settling: list[_Round] = []
+    superseded: frozenset[int] = frozenset()
     memory: _PeakMemory = _PeakMemory()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from baft.evaluation.matching import normalise
 from baft.requests import EditRequest
 
-__all__ = ["conflicts", "in_words", "superseded"]
+__all__ = ["can_hold", "conflicts", "in_words"]
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
@@ -28,20 +28,22 @@ def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
     return found
 
 
-def superseded(found: Sequence[dict[str, Any]], left_out: Collection[int] = ()) -> set[int]:
-    """Positions of requests that a later one contradicts: they can't hold at the end.
+def can_hold(found: Sequence[dict[str, Any]], done: Sequence[int], diverged: Collection[int] = ()) -> list[int]:
+    """Those of the edits that are ``done``, in order, that no later one of them contradicts.
 
     Args:
         found: what ``conflicts`` returned.
-        left_out: positions that aren't edited in, and contradict nobody.
+        done: positions of requests.
+        diverged: positions of those that were given up: not edited in, they contradict nobody.
     """
-    positions = set()
+    edited = {*done}.difference(diverged)
+    superseded = set()
     for conflict in found:
         asked = zip(conflict["positions"], map(normalise, conflict["targets"]), strict=True)
-        wanted = {position: target for position, target in asked if position not in left_out}
+        wanted = {position: target for position, target in asked if position in edited}
         last = list(wanted.values())[-1:]
-        positions |= {position for position, target in wanted.items() if [target] != last}
-    return positions
+        superseded |= {position for position, target in wanted.items() if [target] != last}
+    return [position for position in done if position not in superseded]
 
 
 def in_words(conflict: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from baft.evaluation.fluency import fluency
 from baft.evaluation.measures import summarise
-from baft.runs.conflicts import superseded
+from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.environment import peak_memory_bytes, versions
 from baft.runs.journal import Journal
@@ -48,10 +48,10 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
     edits, sessions, settling = totals["edits"], journal.sessions(), journal.settling()
     if not edits:
         raise ValueError(f"{journal.path}: expected a run with edits, got one that has none yet")
-    # What a later request contradicts can't hold at the end.
-    overruled = superseded(known["conflicts"], journal.dropped() | journal.diverged())
+    done = journal.positions()
+    superseded = {*done}.difference(can_hold(known["conflicts"], done, journal.diverged()))
     mode = known["protocol"]["mode"]
-    final = summarise(journal.measured("final", without=overruled))
+    final = summarise(journal.measured("final", without=superseded))
     return {
         **known,
         "requests": known["requests"] - len(journal.dropped()),
@@ -70,6 +70,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
             "settling_steps": sum(curve.steps for curve in settling),
         },
         "dropped": sorted(journal.dropped()),
+        "superseded": sorted(superseded),
         "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
         "settling": [curve_as_json(curve) for curve in settling],
         "sessions": sessions,

@@ -17,6 +17,7 @@ from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.requests import EditRequest
+from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext, in_groups
 from baft.runs.records import EditRecord
 from baft.runs.retention import sample
@@ -209,7 +210,8 @@ class SequentialRun:
             return
         if context.journal.has_retention(done, self._settled):
             return
-        chosen = context.at(sample(order[:done], context.retention.size))
+        standing = can_hold(context.conflicts, order[:done], context.journal.diverged())
+        chosen = context.at(sample(standing, context.retention.size))
         seconds = context.journal.totals()["seconds"] + sum(curve.seconds for curve in context.journal.settling())
         point = context.retention.measure(context.editor, chosen, done, self._settled, seconds)
         context.journal.add_retention(point)
@@ -268,8 +270,9 @@ class SequentialRun:
     def measure(self) -> None:
         """Ask about what was edited, with all edits on; what was asked already isn't asked again."""
         context = self._context
-        done = context.journal.positions()
-        wanted = set(done if context.final is None else sample(done, context.final))
+        wanted = {*(done := context.journal.positions())}
+        if context.final is not None:
+            wanted = {*sample(can_hold(context.conflicts, done, context.journal.diverged()), context.final)}
         left = [position for position in context.journal.unmeasured("final") if position in wanted]
         context.watcher.stage("measuring all edits at the end", len(wanted), len(wanted) - len(left))
         for group in in_groups(left):

@@ -34,7 +34,8 @@ function detail(edit, run) {
   const curve = drawCurve(edit.losses, run.stopBelow);
   const training =
     `${edit.steps} steps in ${edit.seconds.toFixed(2)} s; it ended because ${ENDED[edit.ended]}.` +
-    (run.stopBelow > 0 && curve ? ` The dashed line is the loss at which it may stop, ${run.stopBelow}.` : "");
+    (run.stopBelow > 0 && curve ? ` The dashed line is the loss at which it may stop, ${run.stopBelow}.` : "") +
+    (edit.superseded ? " A later request has its prompt and another target, so it isn't judged at the end." : "");
   return make(
     "article",
     { class: "detail", "aria-label": `Edit ${edit.index}` },

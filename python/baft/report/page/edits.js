@@ -15,7 +15,7 @@ function readRuns() {
 }
 
 function readEdit(row, { texts, curves }) {
-  const [index, id, prompt, target, steps, seconds, ended, curve, immediate, final, probes] = row;
+  const [index, id, prompt, target, steps, seconds, ended, curve, immediate, final, probes, superseded] = row;
   const read = probes.map((probe) => readProbe(probe, texts));
   const own = read.find((probe) => probe.measure === "reliability");
   return {
@@ -31,6 +31,7 @@ function readEdit(row, { texts, curves }) {
     final: { right: final, text: own ? own.final.text : null },
     before: own ? own.before : null,
     probes: read,
+    superseded, // by a later request with its prompt and another target: what it should bring isn't judged at the end
   };
 }
 
@@ -48,7 +49,7 @@ function readProbe(row, texts) {
   };
 }
 
-// Single edits have no end that holds them all: theirs is the moment right after.
+// Single edits have no end that holds them all, and what is superseded can't hold there: theirs is the moment right after.
 const last = (asked) => (asked.final.right === null ? asked.immediate : asked.final);
 
 const FILTERS = {
