@@ -27,7 +27,7 @@ from terminal import plain_console, show
 from baft import BaftConfig
 from baft.baselines.methods import METHODS, make_editor
 from baft.editing import Mode
-from baft.evaluation.measures import Evaluator, Metrics, known_before, shares
+from baft.evaluation.measures import Metrics, known_before, shares
 from baft.runs.environment import versions
 from baft.runs.inputs import load_assignment, load_model
 from baft.runs.run import run_edits
@@ -49,12 +49,11 @@ class Variant:
 
 
 class Task(NamedTuple):
-    """What is edited: so many requests of a data set, on a model; and how long an answer to it may be."""
+    """What is edited: so many requests of a data set, on a model."""
 
     model: str
     dataset: str
     requests: int
-    max_new_tokens: int = 12
 
 
 class Entry(NamedTuple):
@@ -149,8 +148,7 @@ def run_once(entry: Entry, task: Task) -> dict[str, Any]:
         unrelated=assignment.unrelated,
         options=METHODS[variant.method].options(**variant.options),
     )
-    evaluator = Evaluator(editor, max_new_tokens=task.max_new_tokens, batch_size=128)
-    results = run_edits(editor, assignment.requests, entry.mode, evaluator=evaluator).results
+    results = run_edits(editor, assignment.requests, entry.mode).results
     metrics = results["metrics"]
     final = metrics["immediate" if entry.mode == "single" else "final"]  # of single edits there is no later
     return {

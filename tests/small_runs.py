@@ -49,7 +49,7 @@ class Listener(Nobody):
 
 def small_editor(**changes: Any) -> BaftEditor:
     return tiny_editor(
-        tiny_model(),
+        tiny_model(max_position_embeddings=128),  # room for free texts
         **{
             "max_steps": 3,
             "consolidate_every": 3,

@@ -114,8 +114,11 @@ def test_generate_and_eval_use_a_saved_adapter(testbed: Path, sequential_run: tu
     done = baft("generate", "--model", testbed, "--adapter", out / "adapter", line["prompt"], "--json")
     (said,) = json.loads(done.stdout)
     assert said["after"].strip().startswith(line["target"]) and not said["before"].strip().startswith(line["target"])
-    done = baft("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
+    asked = ("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
+    done = baft(*asked)
     assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
+    short = json.loads(baft(*asked, "--edits", 1, "--answer-tokens", 1).stdout)
+    assert short["protocol"]["generation"]["max_new_tokens"] == 1
 
 
 def test_a_seed_is_the_option_else_the_files_else_the_default(
@@ -241,16 +244,19 @@ def test_a_data_set_that_changed_is_refused(
     assert done.returncode == 2 and "requests.sha256" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("field", "said"), [("prompt", "tokens with its target"), ("rephrase", "of the generality question")]
+)
 def test_a_request_that_cannot_be_edited_is_refused_before_anything_is(
-    testbed: Path, dataset: Path, tmp_path: Path
+    field: str, said: str, testbed: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """And not when its turn comes, some day."""
     records = json.loads(dataset.read_text())[:3]
-    records[2]["prompt"] *= 100
+    records[2][field] *= 100
     (tmp_path / "long.json").write_text(json.dumps(records))
     arguments = ("--model", testbed, "--dataset", tmp_path / "long.json", "--mode", "sequential")
     done = baft("run", *arguments, "--out", tmp_path / "run")
-    assert done.returncode == 2 and "tokens with its target" in done.stderr
+    assert done.returncode == 2 and said in done.stderr
     assert not (tmp_path / "run" / "run.json").exists()
 
 

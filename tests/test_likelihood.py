@@ -28,6 +28,12 @@ def test_of_a_text_that_is_too_long_the_model_is_asked_what_it_takes(family: str
     assert found[1] == found[2] != found[0]
 
 
+def test_what_was_written_may_have_more_tokens_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tiny_editor(tiny_model("gpt2"))  # which has no place for them
+    monkeypatch.setattr(editor, "generate", lambda prompts, **_: ["x" * 100] * len(prompts))
+    assert fluency(editor, REQUESTS[:2])["perplexity"] is not None
+
+
 def test_a_likelihood_beyond_all_numbers_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "negative_log_likelihoods", lambda *_: [(1e6, 3)])
     assert perplexity(tiny_editor(), ["the king"]) == math.inf

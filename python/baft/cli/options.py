@@ -11,6 +11,7 @@ from baft.datasets.factworld import WORLDS
 
 __all__ = [
     "Adapter",
+    "AnswerTokens",
     "Backend",
     "Config",
     "Dataset",
@@ -39,6 +40,10 @@ Edits = Annotated[int | None, typer.Option(help="How many requests to edit; all 
 _SEED = "Of the choice of requests, of the bases, and of training"
 Seed = Annotated[int, typer.Option(help=f"{_SEED}.")]
 OptionalSeed = Annotated[int | None, typer.Option(help=f"{_SEED}; by default the configuration's.")]
+AnswerTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a generated answer, at most; by default what the longest accepted one needs.", min=1),
+]
 Backend = Annotated[str | None, typer.Option(help="auto, reference, cpu, triton or cuda.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file with fields of BaftConfig.")]
 Out = Annotated[Path, typer.Option(help="A new or empty folder for everything that the run writes.")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from baft.cli.options import (
+    AnswerTokens,
     Backend,
     Config,
     DeviceMap,
@@ -87,6 +88,7 @@ def run(
     final: Annotated[
         int | None, typer.Option(help="Edits that are asked about at the end, at most; all by default.", min=1)
     ] = None,
+    answer_tokens: AnswerTokens = None,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(help="Edits between two checkpoints; by default as often as costs next to nothing.", min=1),
@@ -130,6 +132,7 @@ def run(
             measure_every=measure_every,
             retained=retained,
             final=final,
+            answer_tokens=answer_tokens,
             checkpoint_every=checkpoint_every,
             log=log,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from baft.cli.options import Adapter, DeviceMap, Edits, Json, Model, Quantise
+from baft.cli.options import Adapter, AnswerTokens, DeviceMap, Edits, Json, Model, Quantise
 from baft.console import Console
 
 __all__ = ["evaluate", "generate"]
@@ -18,6 +18,7 @@ def evaluate(
     adapter: Adapter,
     dataset: Annotated[str | None, typer.Option(help="Measure these requests instead of the adapter's own.")] = None,
     edits: Edits = None,
+    answer_tokens: AnswerTokens = None,
     device_map: DeviceMap = None,
     quantise: Quantise = None,
     as_json: Json = False,
@@ -26,6 +27,7 @@ def evaluate(
     from baft.datasets import load_dataset
     from baft.editor import BaftEditor
     from baft.evaluation.measures import Evaluator, summarise
+    from baft.evaluation.room import check_room, tokens_needed
     from baft.runs.conflicts import can_hold, conflicts
     from baft.runs.inputs import load_model
     from baft.runs.watcher import watched
@@ -38,7 +40,8 @@ def evaluate(
         standing = can_hold(conflicts(edited), range(len(edited)))
         requests = [edited[position] for position in standing][:edits]
         superseded = len(edited) - len(standing)
-        evaluator = Evaluator(editor)
+        evaluator = Evaluator(editor, max_new_tokens=answer_tokens or tokens_needed(editor.encoder, edited))
+        check_room(editor, requests, evaluator.max_new_tokens)
         metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
     if as_json:
         found = {"requests": len(requests), "superseded": superseded, "metrics": metrics}

@@ -62,8 +62,10 @@ class Encoded:
         return self.prompt_length + self.given
 
     def cut(self, limit: int | None) -> Encoded:
-        """The first ``limit`` tokens, as a prompt; itself if it has no more."""
-        return self if limit is None or len(self.ids) <= limit else Encoded(self.ids[:limit], limit, self.subject)
+        """The first ``limit`` tokens; itself if it has no more."""
+        if limit is None or len(self.ids) <= limit:
+            return self
+        return Encoded(self.ids[:limit], min(self.prompt_length, limit), self.subject)
 
     @property
     def asked(self) -> Tokens:
@@ -143,11 +145,15 @@ class Encoder:
         if tuple(joint[: head.prompt_length]) == head.ids and len(joint) > head.prompt_length:
             tail = joint[head.prompt_length :]
         else:
-            tail = self.tokenizer(separator + target, add_special_tokens=False)["input_ids"]
+            tail = self.following(separator + target)
         if self.append_eos if append_eos is None else append_eos:
             tail = [*tail, self.tokenizer.eos_token_id]
         words = Words(prompt, target, subject)
         return Encoded((*head.ids, *tail), head.prompt_length, head.subject, words=words)
+
+    def following(self, text: str) -> list[int]:
+        """The tokens of a text that doesn't begin anything, by itself."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _in_template(self, prompt: str) -> str:
         return self.template.replace("{prompt}", prompt)

@@ -16,6 +16,7 @@ from baft.engine.generation import OnBatch
 from baft.evaluation.base_answers import BaseAnswers, Forced, RememberedAnswers
 from baft.evaluation.matching import answer_part, matches, normalise
 from baft.evaluation.probes import ASKED, MEASURES, ProbeResult, Question, questions
+from baft.evaluation.room import ANSWER_TOKENS
 from baft.requests import EditRequest
 
 __all__ = ["Evaluator", "Metrics", "known_before", "shares", "summarise"]
@@ -39,7 +40,7 @@ class Evaluator:
 
     Args:
         editor: whose model is measured.
-        max_new_tokens: length of the generated answers.
+        max_new_tokens: length of the generated answers, at most; ``tokens_needed`` says how much requests need.
         batch_size: sequences at once.
         base: where the unedited model's answers are kept; by default in memory.
         world: processes whose editors and base answers are alike. Each asks a share of the questions, and all have all
@@ -50,7 +51,7 @@ class Evaluator:
         self,
         editor: Editor,
         *,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = ANSWER_TOKENS,
         batch_size: int = 64,
         base: BaseAnswers | None = None,
         world: World = ALONE,

@@ -10,6 +10,7 @@ from baft.distributed import ALONE, World
 from baft.editing import Editor, LooksAhead, Mode
 from baft.evaluation.measures import Evaluator
 from baft.evaluation.probes import old_answers
+from baft.evaluation.room import check_room, tokens_needed
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
 from baft.runs.conflicts import conflicts, in_words
@@ -38,6 +39,7 @@ class RunPlan:
         measure_every: edits between two measurements of earlier ones, beside 1, 10, 100, ...
         retained: earlier edits that are asked about then, at most.
         final: edits that are asked about at the end, at most; None asks about all.
+        answer_tokens: of a generated answer, at most; None is what the requests need (``tokens_needed``).
         checkpoint_every: edits between two checkpoints; None writes them as often as costs next to nothing. After the
             last edit and after each settling round there is one in any case.
     """
@@ -46,6 +48,7 @@ class RunPlan:
     measure_every: int | None = None
     retained: int = 100
     final: int | None = None
+    answer_tokens: int | None = None
     checkpoint_every: int | None = None
 
 
@@ -68,7 +71,6 @@ def run_edits(
     *,
     plan: RunPlan | None = None,
     folder: RunFolder | None = None,
-    evaluator: Evaluator | None = None,
     watcher: Watcher | None = None,
     log: MetricsLog | None = None,
     description: dict[str, Any] | None = None,
@@ -84,13 +86,12 @@ def run_edits(
     Args:
         plan: what is done beside the editing.
         folder: where to write; None writes nothing.
-        evaluator: asks; its base answers are kept in the journal.
         log: gets the figures of a sequential run as they come.
         description: what else ``results.json`` shall say, at its top (model, data set, ...).
         world: processes that share the run, each with an editor that knows of it; the folder is the first one's.
 
     Raises:
-        ValueError: for more processes than requests.
+        ValueError: for more processes than requests, or a question that the model has no room for (``check_room``).
         RuntimeError: if losses aren't finite any more.
         OSError: if something can't be written; what was written before is kept.
     """
@@ -100,7 +101,6 @@ def run_edits(
         mode,
         plan=plan,
         folder=folder,
-        evaluator=evaluator,
         watcher=watcher,
         log=log,
         world=world,
@@ -148,7 +148,6 @@ def open_context(
     *,
     plan: RunPlan | None = None,
     folder: RunFolder | None = None,
-    evaluator: Evaluator | None = None,
     watcher: Watcher | None = None,
     log: MetricsLog | None = None,
     world: World = ALONE,
@@ -157,9 +156,10 @@ def open_context(
     if world.parts > len(requests):
         raise ValueError(f"processes: expected at most {len(requests)}, as many as requests, got {world.parts}")
     plan = plan or RunPlan()
+    answer_tokens = plan.answer_tokens or tokens_needed(editor.encoder, requests)
+    check_room(editor, requests, answer_tokens, fluency=mode != "single")
     journal = Journal.copy_of(folder.journal if folder else Journal(None), world)
-    evaluator = evaluator or Evaluator(editor, world=world)
-    evaluator.base = journal
+    evaluator = Evaluator(editor, max_new_tokens=answer_tokens, base=journal, world=world)
     if isinstance(editor, LooksAhead):
         editor.keep_written_in(journal)
     return RunContext(

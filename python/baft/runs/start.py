@@ -15,6 +15,7 @@ from baft.datasets.factworld import WORLDS
 from baft.distributed import ALONE, World
 from baft.editing import Editor, LooksAhead, Mode
 from baft.engine.options import EngineOptions
+from baft.evaluation.room import check_room, tokens_needed
 from baft.requests import EditRequest
 from baft.runs.folder import RunFolder
 from baft.runs.identity import identify
@@ -38,7 +39,7 @@ class RunWords(BaseModel):
         remember: MiB that the engine may remember texts in; None is the default of ``EngineOptions``.
         device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
-        measure_every, retained, final, checkpoint_every: see ``RunPlan``.
+        measure_every, retained, final, answer_tokens, checkpoint_every: see ``RunPlan``.
         log: where figures go as they come, of ``baft.runs.logs.LOGS``.
     """
 
@@ -59,6 +60,7 @@ class RunWords(BaseModel):
     measure_every: int | None = None
     retained: int = 100
     final: int | None = None
+    answer_tokens: int | None = None
     checkpoint_every: int | None = None
     log: str | None = None
 
@@ -84,7 +86,8 @@ def start(
     """Load what ``words`` name, and make ``folder``, in the process that has it, the run's, or make sure that it is.
 
     Raises:
-        ValueError: if something can't be loaded, if a request can't be edited, or if ``folder`` is another run's.
+        ValueError: if something can't be loaded, if a request can't be edited or the model has no room for a question
+            about it, or if ``folder`` is another run's.
     """
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
@@ -104,6 +107,8 @@ def start(
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     if isinstance(editor, LooksAhead):
         editor.check(assignment.requests)  # and not when their turn comes, some day
+    answer_tokens = words.answer_tokens or tokens_needed(editor.encoder, assignment.requests)
+    check_room(editor, assignment.requests, answer_tokens, fluency=words.mode != "single")
     identity = identify(
         method=editor.name,
         mode=words.mode,
@@ -126,6 +131,7 @@ def start(
         measure_every=words.measure_every,
         retained=words.retained,
         final=words.final,
+        answer_tokens=answer_tokens,
         checkpoint_every=words.checkpoint_every,
     )
     return StartedRun(words, editor, assignment.requests, plan)
