@@ -117,6 +117,7 @@ def test_generate_and_eval_use_a_saved_adapter(testbed: Path, sequential_run: tu
     asked = ("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
     done = baft(*asked)
     assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
+    assert "asking the unedited model" in done.stderr
     short = json.loads(baft(*asked, "--edits", 1, "--answer-tokens", 1).stdout)
     assert short["protocol"]["generation"]["max_new_tokens"] == 1
 

@@ -42,6 +42,7 @@ def evaluate(
         superseded = len(edited) - len(standing)
         evaluator = Evaluator(editor, max_new_tokens=answer_tokens or tokens_needed(editor.encoder, edited))
         check_room(editor, requests, evaluator.max_new_tokens)
+        evaluator.record_base(requests, watched(watcher, "asking the unedited model"))
         metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
     if as_json:
         found = {"requests": len(requests), "superseded": superseded, "metrics": metrics}
