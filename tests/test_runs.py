@@ -358,7 +358,9 @@ def test_a_journal_can_be_read_after_a_kill_in_the_middle_of_a_transaction(seque
 
 
 def test_milestones() -> None:
-    assert [n for n in range(1, 1200) if is_milestone(n)] == [1, 10, 100, 1000]
+    assert [n for n in range(1, 1900) if is_milestone(n)] == [1, 10, 100, 1000]
+    later = [2000, 5000, 10_000, 20_000, 50_000, 100_000]
+    assert [n for n in range(1900, 100_100) if is_milestone(n)] == later
     assert [n for n in range(1, 30) if is_milestone(n, 8)] == [1, 8, 10, 16, 24]
 
 

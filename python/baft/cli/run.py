@@ -82,7 +82,8 @@ def run(
     quantise: Quantise = None,
     held_out: Annotated[Path | None, typer.Option(help="Texts for general ability, one a line.")] = None,
     measure_every: Annotated[
-        int | None, typer.Option(help="Measure earlier edits after so many, beside 1, 10, 100, ...", min=1)
+        int | None,
+        typer.Option(help="Measure earlier edits after so many, beside 1, 10, 100, 1000, 2000, 5000, ...", min=1),
     ] = None,
     retained: Annotated[int, typer.Option(help="Earlier edits that are asked about then, at most.", min=1)] = 100,
     final: Annotated[

@@ -18,8 +18,12 @@ __all__ = ["Retention", "is_milestone", "sample"]
 
 
 def is_milestone(edits: int, every: int | None = None) -> bool:
-    """1, 10, 100, 1000, ..., and every so many."""
-    return str(edits).strip("0") == "1" or (every is not None and edits % every == 0)
+    """1, 10, 100, 1000, from there on 2000, 5000, 10000, 20000, ..., and every so many.
+
+    A long run that goes wrong is seen to before it has more than doubled.
+    """
+    leading = str(edits).rstrip("0")
+    return leading == "1" or (edits >= 1000 and leading in ("2", "5")) or (every is not None and edits % every == 0)
 
 
 def sample(population: Sequence[int], size: int) -> list[int]:

@@ -36,7 +36,7 @@ class RunPlan:
 
     Attributes:
         held_out: texts that no training looks at, for general ability by perplexity.
-        measure_every: edits between two measurements of earlier ones, beside 1, 10, 100, ...
+        measure_every: edits between two measurements of earlier ones, beside 1, 10, 100, 1000, 2000, 5000, ...
         retained: earlier edits that are asked about then, at most.
         final: edits that are asked about at the end, at most; None asks about all.
         answer_tokens: of a generated answer, at most; None is what the requests need (``tokens_needed``).
@@ -81,7 +81,7 @@ def run_edits(
     *Immediate* measures each request right after its own edit, with what was edited before still on; *final* measures
     all of them after the last. A batch has no state in between, so its immediate measures are the final ones; single
     edits have no state that holds them all, so their final measures are null. A sequential run also measures
-    *retention*: a fixed sample of the requests so far after 1, 10, 100, ... edits.
+    *retention*: a fixed sample of the requests so far after 1, 10, 100, 1000, 2000, 5000, ... edits.
 
     Args:
         plan: what is done beside the editing.
