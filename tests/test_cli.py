@@ -272,8 +272,10 @@ def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict
     assert lines[2]["prompt"] in " ".join(baft("edits", "show", run, 2).stdout.split())
     asked = baft("edits", "rollback", run, 2)
     assert asked.returncode == 0 and "Nothing was changed" in asked.stdout and (run / "results.json").exists()
+    assert baft("report", run).returncode == 0 and list(run.glob("report-*.png"))
     done = baft("edits", "rollback", run, 2, "--yes")
     assert done.returncode == 0, done.stderr
+    assert not list(run.glob("report*"))  # what it shows is no longer so
     assert len(baft("edits", "list", run, "--json").stdout.splitlines()) == 2
     assert baft("edits", "show", run, 2).returncode == 2
     assert baft("run", "--resume", "--out", run).returncode == 0

@@ -66,11 +66,12 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
 
 
 def _journal(folder: Path) -> Any:
+    from baft.runs.folder import JOURNAL
     from baft.runs.journal import Journal
 
-    path = folder / "journal.sqlite"
+    path = folder / JOURNAL
     if not path.exists():
-        raise ValueError(f"{folder}: expected a run's folder, found no {path.name} in it")
+        raise ValueError(f"{folder}: expected a run's folder, found no {JOURNAL} in it")
     return Journal(path, read_only=True)
 
 

@@ -168,7 +168,7 @@ class RunFolder:
 
     def reopen(self) -> None:
         """Take back that the run is done: what its end wrote is no longer so."""
-        for path in (self.results, self.edits, self.page, self.picture):
+        for path in (self.results, self.edits, self.page, self.picture, *self.path.glob(f"{self.page.stem}-*.png")):
             path.unlink(missing_ok=True)
         if self.adapter.exists():
             shutil.rmtree(self.adapter)

@@ -13,14 +13,14 @@ from baft.evaluation.probes import old_answers
 from baft.evaluation.room import check_room, tokens_needed
 from baft.requests import EditRequest
 from baft.runs.at_once import edit_in_one_batch, edit_singly
-from baft.runs.conflicts import conflicts, in_words
-from baft.runs.context import RunContext
+from baft.runs.conflicts import can_hold, conflicts, in_words
+from baft.runs.context import RunContext, in_groups
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.logs import MetricsLog
 from baft.runs.records import EditRecord
 from baft.runs.results import describe, results
-from baft.runs.retention import Retention
+from baft.runs.retention import Retention, sample
 from baft.runs.sequential import SequentialRun
 from baft.runs.watcher import Nobody, Watcher
 
@@ -123,8 +123,8 @@ def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description:
     true_already = sum(bool(request.ground_truth) and not old_answers(request) for request in context.requests)
     if true_already:
         context.say(f"{true_already} requests have a target that was true already: nobody says what it replaces")
-    run = SequentialRun(context)
     if mode == "sequential":
+        run = SequentialRun(context)
         run.restore()
         run.edit()
     elif mode == "batch":
@@ -132,13 +132,26 @@ def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description:
     else:
         edit_singly(context)
     if mode != "single":
-        run.measure()
+        _measure(context)
     found = results(context, mode)
     if folder:
         if mode != "single":
             editor.save_pretrained(folder.adapter)
         folder.finish(journal.records(), found)
     return RunReport(found, journal)
+
+
+def _measure(context: RunContext) -> None:
+    """Ask about what was edited, with all edits on; what was asked already isn't asked again."""
+    wanted = {*(done := context.journal.positions())}
+    if context.final is not None:
+        wanted = {*sample(can_hold(context.conflicts, done, context.journal.diverged()), context.final)}
+    left = [position for position in context.journal.unmeasured("final") if position in wanted]
+    context.watcher.stage("measuring all edits at the end", len(wanted), len(wanted) - len(left))
+    for group in in_groups(left):
+        measured = context.evaluator.measure(context.at(group))
+        context.journal.add_measures("final", dict(zip(group, measured, strict=True)))
+        context.watcher.advance(units=len(group))
 
 
 def open_context(

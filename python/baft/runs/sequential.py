@@ -18,7 +18,7 @@ from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.requests import EditRequest
 from baft.runs.conflicts import can_hold
-from baft.runs.context import RunContext, in_groups
+from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
 from baft.runs.retention import sample
 
@@ -265,20 +265,6 @@ class SequentialRun:
             what = "settled" if point["settled"] else "retained"
             self._context.log.log(point["edits"], {f"{what} {name}": value for name, value in _measures(point)})
 
-    # -- the end ---------------------------------------------------------------------------------------------------
-
-    def measure(self) -> None:
-        """Ask about what was edited, with all edits on; what was asked already isn't asked again."""
-        context = self._context
-        wanted = {*(done := context.journal.positions())}
-        if context.final is not None:
-            wanted = {*sample(can_hold(context.conflicts, done, context.journal.diverged()), context.final)}
-        left = [position for position in context.journal.unmeasured("final") if position in wanted]
-        context.watcher.stage("measuring all edits at the end", len(wanted), len(wanted) - len(left))
-        for group in in_groups(left):
-            measured = context.evaluator.measure(context.at(group))
-            context.journal.add_measures("final", dict(zip(group, measured, strict=True)))
-            context.watcher.advance(units=len(group))
 
 
 def _measures(point: Mapping[str, Any]) -> list[tuple[str, float]]:
