@@ -5,8 +5,9 @@
 
 Those of a run's settling rounds are counted on behind its last edit.
 
-A checkpoint appears whole or not at all. Between two of them nothing is lost: editing again from the earlier one gives
-the same bits.
+A checkpoint appears whole or not at all, and goes likewise. Between two of them nothing is lost: editing again from
+the earlier one gives the same bits. One that is found damaged is set aside, as ``000000120.damaged``, until the run has
+come as far again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 __all__ = ["Checkpoint", "Checkpoints", "kept"]
 
 STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
+DAMAGED = ".damaged"
 FORMAT = 2
 
 # Writing takes about a hundredth of the run.
@@ -60,7 +62,7 @@ class Checkpoints:
     def __init__(self, folder: Path, every: int | None = None) -> None:
         self.folder = folder
         self.damaged: list[str] = []
-        if folder.is_dir():  # what a killed process left half written
+        if folder.is_dir():  # what a killed process left half written, or half removed
             for path in folder.glob(".*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._every = every
@@ -81,7 +83,7 @@ class Checkpoints:
         return time.monotonic() - self._last_written >= _WORK_PER_WRITE * self._cost
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
-        """Write one, and remove those that are too many.
+        """Write one, and remove those that are too many, and damaged ones of no more edits and rounds.
 
         Raises:
             OSError: if it can't be written; those that are there stay.
@@ -96,35 +98,49 @@ class Checkpoints:
             _write_through(beside / STATE, content)
             _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
             place = self._place(done)
-            shutil.rmtree(place, ignore_errors=True)
+            _remove(place)
             beside.rename(place)
             _sync_folder(self.folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         counts = self.counts()
         for count in set(counts) - kept(counts):
-            shutil.rmtree(self._place(count))
+            _remove(self._place(count))
+        for path, count in self._set_aside():
+            if count <= done:
+                _remove(path)
         self._last_done = done
         self._last_written = time.monotonic()
         self._cost = self._last_written - began
 
     def newest(self, at_most: int) -> Checkpoint | None:
-        """The newest whole one of no more than ``at_most`` edits and rounds; newer ones that are damaged are removed,
-        and named in ``damaged``."""
+        """The newest whole one of no more than ``at_most`` edits and rounds; newer ones that are damaged are set aside,
+        and named in ``damaged``.
+
+        Raises:
+            OSError: if one can't be read, which says nothing of what is in it.
+        """
         for done in reversed([count for count in self.counts() if count <= at_most]):
             try:
                 return Checkpoint(done, self._read(done))
             except ValueError as error:
                 self.damaged.append(str(error))
-                shutil.rmtree(self._place(done))
+                place = self._place(done)
+                aside = place.with_suffix(DAMAGED)
+                _remove(aside)
+                place.rename(aside)
         return None
 
     def cut(self, done: int) -> None:
-        """Remove those of more."""
-        for count in self.counts():
+        """Remove those of more, damaged ones too."""
+        for path, count in [*((self._place(count), count) for count in self.counts()), *self._set_aside()]:
             if count > done:
-                shutil.rmtree(self._place(count))
+                _remove(path)
         self._last_done = min(self._last_done, done)
+
+    def _set_aside(self) -> list[tuple[Path, int]]:
+        """Those that were found damaged, and after how many edits and rounds they were written."""
+        return [(path, int(path.stem)) for path in self.folder.glob(f"*{DAMAGED}") if path.stem.isdigit()]
 
     def _place(self, done: int) -> Path:
         return self.folder / f"{done:09d}"
@@ -138,8 +154,10 @@ class Checkpoints:
             if description != wanted:
                 raise ValueError(f"expected {description}, got {wanted}")
             return load(content)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (FileNotFoundError, ValueError, SafetensorError) as error:
             raise ValueError(f"checkpoint {place} is damaged: {error}") from error
+        except OSError as error:
+            raise OSError(f"checkpoint {place} can't be read: {error}; nothing was changed") from error
 
 
 def kept(counts: list[int]) -> set[int]:
@@ -153,6 +171,14 @@ def kept(counts: list[int]) -> set[int]:
     for count in counts:
         by_age.setdefault((newest - count).bit_length(), []).append(count)
     return {*counts[-2:], *(ages[0] for ages in by_age.values()), *(ages[-1] for ages in by_age.values())}
+
+
+def _remove(place: Path) -> None:
+    """Remove a checkpoint, if it is there; under another name first, lest a kill leave half of one."""
+    if place.exists():
+        hidden = place.with_name(f".{place.name}")
+        place.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def _write_through(path: Path, content: bytes) -> None:
