@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from small_runs import ASKED, Listener, run_in, small_editor
 from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
+from baft.distributed import World
 from baft.engine.continuations import Asked, Continuations
 from baft.engine.encoding import Tokens
 from baft.runs import retention
@@ -352,6 +355,69 @@ def test_a_full_disk_loses_nothing_that_was_written(sequential: Path, tmp_path: 
     assert journal.positions() == [0]
     journal.close()
     assert next(Journal(tmp_path / "journal.sqlite").records()).request == records[0].request
+
+
+def test_a_journal_that_is_busy_is_no_damaged_one(
+    sequential: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1, and not 2: the input is as it should be."""
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes((sequential / "journal.sqlite").read_bytes())
+    monkeypatch.setattr("baft.runs.journal._PATIENCE", 0)
+    journal, reader = Journal(path), Journal(path, read_only=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for use in (
+            lambda: Journal(path),
+            lambda: Journal(path, read_only=True),
+            lambda: Journal.as_it_is(path),
+            journal.positions,
+            lambda: next(reader.records()),
+            lambda: journal.begin_session(0),
+        ):
+            with pytest.raises(OSError, match=r"journal\.sqlite.* is locked; what was written before is kept"):
+                use()
+    assert len(journal.positions()) == len(ASKED)
+
+
+def test_damage_that_is_found_late_is_named(sequential: Path, tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    content = bytearray((sequential / "journal.sqlite").read_bytes())
+    content[8192:] = bytes(len(content) - 8192)
+    path.write_bytes(content)
+    journal = Journal(path, read_only=True)
+    with pytest.raises(ValueError, match=r"journal\.sqlite: expected a run's journal, got a file that can't be read"):
+        list(journal.records())
+
+
+def test_another_database_is_no_journal(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as other:
+        other.execute("CREATE TABLE measures (position INTEGER)")
+    with pytest.raises(ValueError, match=r"other\.sqlite: expected a run's journal, got a database without a table"):
+        Journal(tmp_path / "other.sqlite", read_only=True)
+
+
+def test_other_processes_get_the_journal_in_pieces(
+    sequential: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be gigabytes of it."""
+    monkeypatch.setattr("baft.runs.journal._PIECE", 4096)
+    sent: list[bytes | None] = []
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda values: sent.extend(values))
+    first = Journal(sequential / "journal.sqlite")
+    assert Journal.copy_of(first, World(0, 2)) is first
+    assert len(sent) > 10 and max(len(piece or b"") for piece in sent) == 4096
+    left = iter(sent)
+
+    def receive(values: list[bytes | None]) -> None:
+        values[:] = [next(left)]
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
+    copy = Journal.copy_of(Journal(None), World(1, 2))
+    assert next(left, "none") == "none"
+    assert list(copy.records()) == list(first.records()) and copy.retention() == first.retention()
+    copy.begin_session(9)
+    assert len(copy.sessions()) == len(first.sessions()) + 1
 
 
 def test_several_records_are_written_together_or_not_at_all(sequential: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ torch.distributed's; a run that isn't launched so is a world of one, for which n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,6 +75,12 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+    def each_of_the_first_ones(self, values: Iterable[T]) -> Iterator[T]:
+        """``values`` as the first process has them, none of which is None; a process holds one of them at a time."""
+        left = iter(values)
+        while (value := self.first_ones(next(left, None))) is not None:
+            yield value
 
     @torch.no_grad()
     def copy_first_(self, tensors: Sequence[Tensor]) -> None:

@@ -62,6 +62,9 @@ CREATE TABLE IF NOT EXISTS sessions (
 # Edits that are read at a time.
 _PAGE = 64
 
+# Bytes of a journal that one process gives to others at a time.
+_PIECE = 1 << 24
+
 # Seconds that one process waits for another that reads, or writes: a copy of a large journal may take some.
 _PATIENCE = 600
 
@@ -75,7 +78,8 @@ class Journal:
             while a copy is made; no other reading takes long enough to be noticed.
 
     Raises:
-        ValueError: if the file is no journal, or a damaged one.
+        ValueError: if the file is no journal, or a damaged one; so does whatever reads or writes it.
+        OSError: if it can't be read or written now: the disk is full, or another process has it; likewise.
     """
 
     def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
@@ -83,7 +87,7 @@ class Journal:
         self._bookkeeping = 0.0
         self._session: int | None = None
         self._folder: TemporaryDirectory[str] | None = None
-        try:
+        with _in_words(path):
             if read_only:
                 assert path is not None
                 self._connection = _opened_to_read(path)
@@ -92,8 +96,6 @@ class Journal:
             self._connection.execute("PRAGMA journal_mode=TRUNCATE")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(_TABLES)
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
 
     @classmethod
     def as_it_is(cls, path: Path) -> Journal:
@@ -103,9 +105,8 @@ class Journal:
         """
         folder = TemporaryDirectory(prefix="baft-journal-")
         copy = Path(folder.name) / path.name
-        source = cls(path, read_only=True)
-        with closing(source), closing(sqlite3.connect(copy)) as target:
-            source._connection.backup(target)
+        with closing(cls(path, read_only=True)) as source:
+            source._copy_to(copy)
         journal = cls(copy, read_only=True)
         journal.path, journal._folder = path, folder  # by the name that people know
         return journal
@@ -113,23 +114,31 @@ class Journal:
     @classmethod
     def copy_of(cls, journal: Journal, world: World) -> Journal:
         """In the first process ``journal`` itself, in the others a copy of that one, on disk while they have it."""
-        statements = world.first_ones([*journal._connection.iterdump()] if world.size > 1 and world.writes else [])
-        if world.writes:
+        if world.size == 1:
             return journal
         folder = TemporaryDirectory(prefix="baft-journal-")
-        copy = cls(Path(folder.name) / "copy.sqlite")
+        path = Path(folder.name) / "copy.sqlite"
+        if world.writes:
+            journal._copy_to(path)
+        pieces = world.each_of_the_first_ones(_pieces(path) if world.writes else ())
+        if world.writes:
+            for _ in pieces:
+                pass
+            return journal
+        with path.open("wb") as file:
+            file.writelines(pieces)
+        copy = cls(path)
         copy._folder = folder
         copy._connection.execute("PRAGMA synchronous=OFF")  # nobody goes on with it
-        copy._connection.executescript("".join(f"DROP TABLE {name};" for name in copy._tables()))
-        copy._connection.executescript("\n".join(statements))
         return copy
 
-    def _tables(self) -> list[str]:
-        return [name for (name,) in self._rows("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    def _copy_to(self, path: Path) -> None:
+        with _in_words(f"{self.path}, on its way to {path}"), closing(sqlite3.connect(path)) as target:
+            self._connection.backup(target)
 
     def _has(self, table: str) -> bool:
         """Whether there is such a table; one that is only read may lack what is newer than it."""
-        return table in self._tables()
+        return self._one("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?", table) is not None
 
     def close(self) -> None:
         self._connection.close()
@@ -143,18 +152,17 @@ class Journal:
         """
         began = time.perf_counter()
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-            self._connection.execute(
-                "UPDATE sessions SET last = ?, bookkeeping = ? WHERE id = ?",
-                (time.time(), self._bookkeeping, self._session),
-            )
-            self._connection.execute("COMMIT")
-        except BaseException as error:
+            with _in_words(self.path):
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+                self._connection.execute(
+                    "UPDATE sessions SET last = ?, bookkeeping = ? WHERE id = ?",
+                    (time.time(), self._bookkeeping, self._session),
+                )
+                self._connection.execute("COMMIT")
+        except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"{self.path}: {error}; what was written before is kept") from error
             raise
         finally:
             self.charge(time.perf_counter() - began)
@@ -164,7 +172,7 @@ class Journal:
         self._bookkeeping += seconds
 
     def _rows(self, statement: str, *values: object) -> Iterator[tuple[Any, ...]]:
-        with closing(self._connection.cursor()) as cursor:
+        with _in_words(self.path), closing(self._connection.cursor()) as cursor:
             yield from cursor.execute(statement, values)
 
     def _one(self, statement: str, *values: object) -> Any:
@@ -418,18 +426,41 @@ def _connect(path: Path | None, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None, uri=True)
 
 
+@contextmanager
+def _in_words(path: object) -> Iterator[None]:
+    """SQLite's errors in the terms of ``Journal``."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"{path}: {error}; what was written before is kept") from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:
+            raise  # no fault of the file
+        raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
+
+
 def _opened_to_read(path: Path) -> sqlite3.Connection:
     """A connection that reads. After a kill in the middle of a transaction it takes back what that had begun."""
     for mode in ("ro", "rw"):
         connection = _connect(path, mode)
         try:
-            connection.execute("SELECT count(*) FROM edits")
-            return connection
+            known = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'edits'").fetchone()
         except sqlite3.OperationalError as error:
             connection.close()
             if mode == "rw" or "readonly" not in str(error):
                 raise
+            continue
+        if known is None:
+            connection.close()
+            raise ValueError(f"{path}: expected a run's journal, got a database without a table of edits")
+        return connection
     raise AssertionError
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            yield piece
 
 
 def _write_measures(
