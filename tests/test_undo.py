@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import ASKED, PLAN, run_in, small_editor
+from small_runs import ASKED, PLAN, Listener, run_in, small_editor
 from tiny import one_thread  # noqa: F401  # a fixture
 
 from baft.engine.continuations import Asked, Continuations
@@ -121,11 +123,9 @@ def test_a_dropped_request_was_never_there(done: Path, tmp_path: Path) -> None:
     assert results["edits"] == results["requests"] == 8 and results["dropped"] == [5]
 
 
-def test_texts_that_came_of_a_dropped_requests_company_are_written_anew(
-    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In that which they have in a run without it: all together, in the order of the requests."""
-    place = RunFolder(done)
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[list[Asked]]:
+    """What the unedited model is asked to write together, each time that it is."""
     together: list[list[Asked]] = []
     written = Continuations._written
 
@@ -134,12 +134,84 @@ def test_texts_that_came_of_a_dropped_requests_company_are_written_anew(
         return written(self, missing)
 
     monkeypatch.setattr(Continuations, "_written", note)
-    drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 5)
-    place.close()
+    return together
+
+
+@pytest.mark.parametrize(("ahead", "kept", "left"), [(64, 0, 1), (4, 1, 1), (2, 2, 2)])
+def test_texts_that_came_of_a_dropped_requests_company_are_written_anew(
+    ahead: int, kept: int, left: int, together: list[list[Asked]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In that which they have in a run without it; those of the requests before that company are kept."""
+    monkeypatch.setattr("baft.runs.sequential._ASKED_AHEAD", ahead)
+    quick = {"max_steps": 1, "settling_rounds": 0}
+    run_in(tmp_path / "run", plan=SPARSE, **quick)
+    together.clear()
+    with RunFolder(tmp_path / "run") as place:
+        drop(open_context(small_editor(**quick), ASKED, plan=SPARSE, folder=place), place, 5)
     anew = together.copy()
     together.clear()
-    run_in(tmp_path / "without", requests=[*ASKED[:5], *ASKED[6:]], plan=SPARSE)
-    assert anew == together and len(anew) == 1
+    run_in(tmp_path / "without", requests=[*ASKED[:5], *ASKED[6:]], plan=SPARSE, **quick)
+    assert anew == together[kept:] and len(anew) == left
+
+
+def test_of_several_that_are_dropped_each_ones_company_is_found(
+    together: list[list[Asked]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind one that was dropped the others are one place further in front."""
+    monkeypatch.setattr("baft.runs.sequential._ASKED_AHEAD", 4)
+    quick = {"max_steps": 1, "settling_rounds": 0}
+    run_in(tmp_path / "run", plan=SPARSE, **quick)
+    with RunFolder(tmp_path / "run") as place:
+        for number in (6, 4):
+            together.clear()
+            drop(open_context(small_editor(**quick), ASKED, plan=SPARSE, folder=place), place, number)
+        anew = together.copy()
+        together.clear()
+        drop(open_context(small_editor(**quick), ASKED, plan=SPARSE, folder=place), place, 2)
+    left = [ASKED[k] for k in (0, 1, 3, 5, 7, 8)]
+    again = together.copy()
+    together.clear()
+    run_in(tmp_path / "without", requests=left, plan=SPARSE, **quick)
+    assert again == together and len(again) == 2 and len(anew) == 1
+
+
+def test_an_older_versions_texts_are_all_written_anew(tmp_path: Path, together: list[list[Asked]]) -> None:
+    """It doesn't say in which company they were written."""
+    quick = {"max_steps": 1, "settling_rounds": 0}
+    run_in(tmp_path, plan=SPARSE, **quick)
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as journal:
+        journal.execute("ALTER TABLE continued DROP COLUMN until")
+    together.clear()
+    with RunFolder(tmp_path) as place:
+        drop(open_context(small_editor(**quick), ASKED, plan=SPARSE, folder=place), place, 8)
+    assert len(together) == 1
+
+
+def test_a_run_that_is_dropped_from_before_its_end_goes_on_as_one_without(
+    together: list[list[Asked]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of a company: the unedited model is asked about all of it nevertheless."""
+    monkeypatch.setattr("baft.runs.sequential._ASKED_AHEAD", 4)
+    left = iter(range(6))
+
+    def stop() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "run", plan=SPARSE, listener=Listener(stop))
+    together.clear()
+    with RunFolder(tmp_path / "run") as place:
+        assert place.journal.positions() == [*range(7)]
+        drop(open_context(small_editor(), ASKED, plan=SPARSE, folder=place), place, 1)
+    run_in(tmp_path / "run", plan=SPARSE)
+    anew = together.copy()
+    together.clear()
+    run_in(tmp_path / "without", requests=[ASKED[0], *ASKED[2:]], plan=SPARSE)
+    assert anew == together and len(anew) == 2
+    found, expected = outcome(tmp_path / "run"), outcome(tmp_path / "without")
+    for name in ("tensors", "settling", "metrics"):
+        assert found[name] == expected[name]
 
 
 def test_without_its_last_request_a_run_is_settled_and_looked_at_anew(done: Path, tmp_path: Path) -> None:

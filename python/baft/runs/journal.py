@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS base_forced (
     prompt TEXT NOT NULL, answer TEXT NOT NULL, forced TEXT NOT NULL, PRIMARY KEY (prompt, answer)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS continued (
-    prompt TEXT NOT NULL, branches INTEGER NOT NULL, texts TEXT NOT NULL, PRIMARY KEY (prompt, branches)
+    prompt TEXT NOT NULL, branches INTEGER NOT NULL, texts TEXT NOT NULL, until INTEGER, PRIMARY KEY (prompt, branches)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS retention (
     edits INTEGER NOT NULL, settled INTEGER NOT NULL, point TEXT NOT NULL, PRIMARY KEY (edits, settled)
@@ -77,6 +77,9 @@ class Journal:
         read_only: only look, which may be done while another process writes. The writer waits, at most ten minutes,
             while a copy is made; no other reading takes long enough to be noticed.
 
+    Attributes:
+        asked_until: what the unedited model writes now is for requests before this place in the run's order.
+
     Raises:
         ValueError: if the file is no journal, or a damaged one; so does whatever reads or writes it.
         OSError: if it can't be read or written now: the disk is full, or another process has it; likewise.
@@ -87,6 +90,7 @@ class Journal:
         self._bookkeeping = 0.0
         self._session: int | None = None
         self._folder: TemporaryDirectory[str] | None = None
+        self.asked_until: int | None = None
         with _in_words(path):
             if read_only:
                 assert path is not None
@@ -96,6 +100,8 @@ class Journal:
             self._connection.execute("PRAGMA journal_mode=TRUNCATE")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(_TABLES)
+            if "until" not in [name for _, name, *_ in self._connection.execute("PRAGMA table_info(continued)")]:
+                self._connection.execute("ALTER TABLE continued ADD COLUMN until INTEGER")  # an older version's
 
     @classmethod
     def as_it_is(cls, path: Path) -> Journal:
@@ -292,8 +298,7 @@ class Journal:
         """
         with self._transaction() as connection:
             if drop:
-                connection.execute("INSERT OR IGNORE INTO dropped VALUES (?)", (position,))
-                connection.execute("DELETE FROM continued")  # some were written together with this request's
+                _leave_out(connection, position)
             left = connection.execute("SELECT count(*) FROM edits WHERE position < ?", (position,)).fetchone()[0]
             connection.execute("DELETE FROM edits WHERE position >= ?", (position,))
             connection.execute("DELETE FROM measures WHERE position >= ? OR moment = 'final'", (position,))
@@ -362,9 +367,12 @@ class Journal:
         return None if found is None else [tuple(text) for text in json.loads(found)]
 
     def add_continued(self, found: Mapping[Asked, Sequence[Tokens]]) -> None:
-        rows = [(json.dumps(asked.prompt), asked.branches, json.dumps(texts)) for asked, texts in found.items()]
+        rows = [
+            (json.dumps(asked.prompt), asked.branches, json.dumps(texts), self.asked_until)
+            for asked, texts in found.items()
+        ]
         with self._transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO continued VALUES (?, ?, ?)", rows)
+            connection.executemany("INSERT OR REPLACE INTO continued VALUES (?, ?, ?, ?)", rows)
 
     # -- what run it is --------------------------------------------------------------------------------------------
 
@@ -461,6 +469,16 @@ def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
             yield piece
+
+
+def _leave_out(connection: sqlite3.Connection, position: int) -> None:
+    """Leave a request out, and forget the texts that were written in its company or in another than they shall be."""
+    connection.execute(
+        "DELETE FROM continued WHERE until IS NULL "  # an older version's, which doesn't say
+        "OR until > ? - (SELECT count(*) FROM dropped WHERE position < ?)",
+        (position, position),
+    )
+    connection.execute("INSERT OR IGNORE INTO dropped VALUES (?)", (position,))
 
 
 def _write_measures(

@@ -16,7 +16,6 @@ from typing import Any
 from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
-from baft.requests import EditRequest
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
@@ -61,7 +60,7 @@ class SequentialRun:
         if journal.dropped():  # with it went the texts that were written in its company
             order = context.order()
             for first in range(0, len(done), _ASKED_AHEAD):
-                self._ask_ahead(context.at(order[first : first + _ASKED_AHEAD]))
+                self._ask_ahead(order, first)
         for damage in context.checkpoints.damaged if context.checkpoints else ():
             context.say(f"{damage}; going on from {min(known.done, len(done)) if known else 'no'} edits")
         edits = 0
@@ -110,8 +109,7 @@ class SequentialRun:
         self._log_again(order[:done])
         for number in range(done, len(order)):
             if number == done or number % _ASKED_AHEAD == 0:
-                block = number - number % _ASKED_AHEAD
-                self._ask_ahead(context.at(order[block : block + _ASKED_AHEAD]))
+                self._ask_ahead(everything, number - number % _ASKED_AHEAD)
             self._look_back(order, number)
             record = self._edit(order[number])
             context.journal.add(record)
@@ -126,13 +124,20 @@ class SequentialRun:
         if up_to is None:
             self._look_back(order, len(order), last=True)
 
-    def _ask_ahead(self, requests: Sequence[EditRequest]) -> None:
+    def _ask_ahead(self, order: Sequence[int], first: int) -> None:
         """Have in the journal what the unedited model says: to what will be measured, and about the subjects.
 
-        The same requests always come together, wherever a run goes on, so that what they train on is the same text.
+        The same requests always come together, wherever a run goes on and however far, so that what they train on is
+        the same text.
+
+        Args:
+            order: of all that are to be edited.
+            first: the place there of the first that is asked about.
         """
-        editor = self._context.editor
-        self._context.evaluator.record_base(requests)
+        context, editor = self._context, self._context.editor
+        requests = context.at(order[first : first + _ASKED_AHEAD])
+        context.journal.asked_until = first + _ASKED_AHEAD
+        context.evaluator.record_base(requests)
         if isinstance(editor, LooksAhead):
             began = time.perf_counter()
             editor.look_ahead(requests)
@@ -264,7 +269,6 @@ class SequentialRun:
         if self._context.log:
             what = "settled" if point["settled"] else "retained"
             self._context.log.log(point["edits"], {f"{what} {name}": value for name, value in _measures(point)})
-
 
 
 def _measures(point: Mapping[str, Any]) -> list[tuple[str, float]]:
