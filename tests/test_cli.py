@@ -17,6 +17,7 @@ import pytest
 from baft import BaftEditor
 from baft.cli import main
 from baft.datasets.factworld import FactWorld
+from baft.runs.folder import RunFolder
 from baft.runs.start import RunWords, start
 from baft.testbed.benchmark import BenchmarkKnowledge
 from baft.testbed.training import TrainingReport
@@ -283,6 +284,26 @@ def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict
     assert [line["final"] for line in again] == [line["final"] for line in lines]
     assert baft("edits", "drop", run, 0, "--yes").returncode == 0
     assert [json.loads(line)["index"] for line in baft("edits", "list", run, "--json").stdout.splitlines()] == [1, 2, 3]
+
+
+def test_a_request_that_is_still_to_be_edited_is_dropped_at_once(
+    sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is loaded for it, and nothing made again."""
+    run = Path(shutil.copytree(sequential_run[0], tmp_path / "run"))
+    with RunFolder(run) as place:
+        place.reopen()
+        place.checkpoints().cut(2)
+        place.journal.cut(2)
+    monkeypatch.setattr("baft.runs.start.start", None)
+    asked = baft("edits", "drop", run, 3)
+    assert asked.returncode == 0 and "nothing is to be made again" in asked.stdout and "--yes" in asked.stdout
+    done = baft("edits", "drop", run, 3, "--yes")
+    assert done.returncode == 0 and "It is left out" in done.stdout
+    monkeypatch.undo()
+    assert baft("run", "--resume", "--out", run).returncode == 0
+    assert [json.loads(line)["index"] for line in (run / "edits.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert baft("edits", "drop", run, 3, "--yes").returncode == 2
 
 
 def test_report_shows_a_run(sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

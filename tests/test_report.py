@@ -274,6 +274,19 @@ def test_what_is_superseded_has_not_failed() -> None:
     assert packed["texts"][superseded[10][0][-2]] == "violin"
 
 
+def test_how_an_edit_ended_is_told() -> None:
+    line = edit(0)
+    endings = {
+        "converged": {},
+        "stopped": {"converged": False},
+        "diverged": {"converged": False, "diverged": True},
+        "out of memory": {"converged": False, "out_of_memory": True},
+    }
+    lines = [EditLine.model_validate(line | {"training": line["training"] | change}) for change in endings.values()]
+    assert [row[6] for row in pack(lines, {0, 1, 2, 3})["edits"]] == list(endings)
+    assert digest(lines).troubled == [False, False, True, True]
+
+
 def test_many_edits_are_a_sample_with_every_failure_and_the_page_says_so(tmp_path: Path) -> None:
     failed, diverged = {5, 50, 95}, {20}
     edits = (edit(k, right_at_the_end=k not in failed, diverged=k in diverged) for k in range(100))

@@ -39,6 +39,8 @@ from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.outcome import outcome
 from baft.runs.run import RunPlan
+from baft.runs.sequential import RequestError
+from baft.runs.undo import is_waiting, leave_out
 
 
 class Broken(Exception):
@@ -330,6 +332,80 @@ def test_a_request_without_a_finite_loss_is_left_out(tmp_path: Path, monkeypatch
     assert diverged["diverged"] and diverged["losses"][-1] is None
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, errors: Mapping[int, Exception]) -> None:
+    """Let the edits of some of ``ASKED`` fail, having left their traces."""
+    spoiled = {small_editor()._encode(ASKED[position]).ids: error for position, error in errors.items()}
+
+    def edit(trainer: Learner, new: Chunks, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
+        curve = edit_next(trainer, new, past, on_step)
+        if new[0].ids in spoiled:
+            raise spoiled[new[0].ids]
+        return curve
+
+    monkeypatch.setattr("baft.trained.edit_next", edit)
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_request_that_memory_runs_out_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays so where the run goes on and makes the edits around it again, even if there is enough by then."""
+    plan = dataclasses.replace(PLAN, checkpoint_every=100)
+    listener = break_off_after(4)
+    fail_at(monkeypatch, {2: NO_MEMORY})
+    with pytest.raises(Broken):
+        run_in(tmp_path / "with", requests=ASKED[:5], plan=plan, listener=listener)
+    assert any(said.startswith("edit 2 needs more memory than there is: it is left out") for said in listener.said)
+    monkeypatch.undo()
+    listener = Listener()
+    run_in(tmp_path / "with", requests=ASKED[:5], plan=plan, listener=listener)
+    assert not any("otherwise" in said for said in listener.said)
+    run_in(tmp_path / "without", requests=[*ASKED[:2], *ASKED[3:5]], plan=plan)
+    with_it, without = outcome(tmp_path / "with"), outcome(tmp_path / "without")
+    assert with_it["training"]["out_of_memory"] == 1 and with_it["training"]["diverged"] == 0
+    assert with_it["tensors"] == without["tensors"]
+    assert with_it["records"][2]["training"]["out_of_memory"] and with_it["records"][2]["final"]
+
+
+def test_requests_that_fail_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, {1: NO_MEMORY, 2: DivergedError(math.nan, 1), 3: NO_MEMORY})
+    with pytest.raises(RequestError, match=r"request 3: CUDA out of memory.* baft edits drop \S+ 3 --yes, then"):
+        run_in(tmp_path)
+    assert Journal(tmp_path / "journal.sqlite", read_only=True).positions() == [0, 1, 2]
+
+
+def test_memory_that_runs_out_for_what_is_made_again_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal says that it is edited in."""
+    plan = dataclasses.replace(PLAN, checkpoint_every=100)
+    with pytest.raises(Broken):
+        run_in(tmp_path, plan=plan, listener=break_off_after(4))
+    fail_at(monkeypatch, {2: NO_MEMORY})
+    with pytest.raises(torch.OutOfMemoryError):
+        run_in(tmp_path, plan=plan)
+    monkeypatch.undo()
+    run_in(tmp_path, plan=plan)
+
+
+def test_a_run_that_ended_at_a_request_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, {4: ValueError("the rows of a basis have become dependent")})
+    folder = tmp_path / "run"
+    for _ in range(2):  # again, the same end
+        with pytest.raises(RequestError, match=rf"request 4: the rows .* baft edits drop {folder} 4 --yes, then"):
+            run_in(folder)
+    with RunFolder(folder) as place:
+        assert [is_waiting(place, number) for number in (-1, 3, 4, 8, 9)] == [False, False, True, True, False]
+        leave_out(place, 4)
+        with pytest.raises(ValueError, match="still to be edited, got 4"):
+            leave_out(place, 4)
+    run_in(folder)
+    run_in(tmp_path / "without", requests=[*ASKED[:4], *ASKED[5:]])
+    found, expected = outcome(folder), outcome(tmp_path / "without")
+    assert (found["tensors"], found["settling"]) == (expected["tensors"], expected["settling"])
+    assert found["dropped"] == [4] and [record["index"] for record in found["records"]] == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
 # -- what isn't gone on with --
 
 
@@ -409,7 +485,7 @@ def test_requests_that_diverge_in_a_row_are_counted_across_a_break(
     spoiled = [small_editor()._encode(request).ids for request in ASKED[3:6]]
     monkeypatch.setattr("baft.trained.edit_next", diverge)
     for _ in range(2):  # again, the same end
-        with pytest.raises(DivergedError):
+        with pytest.raises(RequestError, match="request 5: the edit loss became nan"):
             run_in(tmp_path, plan=dataclasses.replace(PLAN, checkpoint_every=5))
         journal = Journal(tmp_path / "journal.sqlite", read_only=True)
         assert journal.positions() == [0, 1, 2, 3, 4]

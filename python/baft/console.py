@@ -60,7 +60,8 @@ class Console:
         timing, memory, training = results["timing"], results["memory"], results["training"]
         left = results["edits"] - training["converged"]
         if left:
-            worse = f", {training['diverged']} of them without a finite loss" if training["diverged"] else ""
+            given_up = {"without a finite loss": training["diverged"], "for want of memory": training["out_of_memory"]}
+            worse = "".join(f", {number} of them given up {why}" for why, number in given_up.items() if number)
             self.say(f"{left} edits used up their steps before their loss was low enough{worse}")
         padding = results["engine"].get("padding")
         self.say(
@@ -134,7 +135,8 @@ class Console:
         """All of one edit."""
         request, curve = record.request, record.curve
         self._console.print(Text(f"{record.index}: {request.prompt} -> {request.target}", style="bold"))
-        end = "diverged" if curve.diverged else "converged" if curve.converged else "out of steps"
+        endings = {"diverged": curve.diverged, "out of memory": curve.out_of_memory, "converged": curve.converged}
+        end = next((name for name, is_so in endings.items() if is_so), "out of steps")
         self.say(f"{end} after {curve.steps} steps: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("measure", "prompt", "before", "at once", "", "at the end", ""):

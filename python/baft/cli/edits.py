@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from baft.cli.options import Json
 from baft.console import Console
+
+if TYPE_CHECKING:
+    from baft.runs.folder import RunFolder
+    from baft.runs.start import RunWords
 
 __all__ = ["app"]
 
@@ -18,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, help="Look at a run's edits, or take the
 Folder = Annotated[Path, typer.Argument(help="A sequential run's folder.", metavar="DIR")]
 Number = Annotated[int, typer.Argument(help="An edit's number, as `baft edits list` shows it.", metavar="NUMBER")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it, instead of saying what it takes.")]
+
+_NOTHING_DONE = "Nothing was changed; --yes does it."
 
 
 @app.command("list")
@@ -53,16 +61,30 @@ def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
     """Go back to the state before an edit, exactly: that one and all after it are as if never made."""
     from baft.runs.undo import cost_of_rollback, roll_back
 
-    _take_back(folder, number, yes, cost_of_rollback, roll_back)
+    with _sequential_run(folder) as (place, words):
+        _take_back(place, words, number, yes, cost_of_rollback, roll_back)
 
 
 @app.command()
 def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
-    """Leave one edit out, as if it had never been asked for: all after it are made again."""
-    from baft.runs.undo import cost_of_drop
+    """Leave one request out, as if it had never been asked for: all edits after it are made again.
+
+    One that is still to be edited is passed over when its turn comes.
+    """
+    from baft.runs.undo import cost_of_drop, is_waiting, leave_out
     from baft.runs.undo import drop as drop_edit
 
-    _take_back(folder, number, yes, cost_of_drop, drop_edit)
+    with _sequential_run(folder) as (place, words):
+        if not is_waiting(place, number):
+            _take_back(place, words, number, yes, cost_of_drop, drop_edit)
+            return
+        console = Console()
+        console.say(f"Request {number} hasn't been edited yet: nothing is to be made again.")
+        if yes:
+            leave_out(place, number)
+            console.say(f"It is left out; `baft run --resume --out {folder}` goes on without it.")
+        else:
+            console.say(_NOTHING_DONE)
 
 
 def _journal(folder: Path) -> Any:
@@ -75,11 +97,11 @@ def _journal(folder: Path) -> Any:
     return Journal(path, read_only=True)
 
 
-def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> None:
+@contextmanager
+def _sequential_run(folder: Path) -> Iterator[tuple[RunFolder, RunWords]]:
+    """The folder of a sequential run, and the words it was started with."""
     from baft.runs.folder import RunFolder
-    from baft.runs.logs import open_log
-    from baft.runs.run import open_context
-    from baft.runs.start import RunWords, start
+    from baft.runs.start import RunWords
 
     with RunFolder(folder) as place:
         words = RunWords(**place.started_with())
@@ -87,23 +109,31 @@ def _take_back(folder: Path, number: int, yes: bool, cost_of: Any, do: Any) -> N
             raise ValueError(
                 f"{folder}: expected a sequential run, got a {words.mode} one, whose edits don't follow each other"
             )
-        cost = cost_of(place, number)
-        console = Console()
-        console.say(
-            f"{cost.edits} edits are to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s"
+        yield place, words
+
+
+def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost_of: Any, do: Any) -> None:
+    from baft.runs.logs import open_log
+    from baft.runs.run import open_context
+    from baft.runs.start import start
+
+    cost = cost_of(place, number)
+    console = Console()
+    console.say(
+        f"{cost.edits} edits are to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s"
+    )
+    if not yes:
+        console.say(_NOTHING_DONE)
+        return
+    with console.progress() as watcher:
+        started = start(words, place, on_training=watcher.training)
+        log = open_log(words.log, place.path) if words.log else None
+        context = open_context(
+            started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher, log=log
         )
-        if not yes:
-            console.say("Nothing was changed; --yes does it.")
-            return
-        with console.progress() as watcher:
-            started = start(words, place, on_training=watcher.training)
-            log = open_log(words.log, place.path) if words.log else None
-            context = open_context(
-                started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher, log=log
-            )
-            do(context, place, number)
-            context.close()
-            if log:
-                log.close()
-        left = len(place.journal.positions())
-        console.say(f"{left} edits are in {place.adapter}; `baft run --resume --out {folder}` goes on from there.")
+        do(context, place, number)
+        context.close()
+        if log:
+            log.close()
+    left = len(place.journal.positions())
+    console.say(f"{left} edits are in {place.adapter}; `baft run --resume --out {place.path}` goes on from there.")

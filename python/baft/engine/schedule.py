@@ -29,6 +29,7 @@ class Curve:
         steps: optimiser steps taken.
         converged: whether it stopped because the loss was low enough, and not because the steps were used up.
         diverged: whether it stopped because the loss was no finite number any more.
+        out_of_memory: whether it stopped because the device had no more memory.
         seconds: wall-clock time.
     """
 
@@ -37,6 +38,7 @@ class Curve:
     converged: bool = False
     diverged: bool = False
     seconds: float = 0.0
+    out_of_memory: bool = False
 
 
 class Progress:

@@ -27,7 +27,7 @@ class Digest:
     Attributes:
         seconds: the time that each edit trained, in order.
         already: of each of ``ALREADY_GIVEN`` the share of questions to which the unedited model gave the new answer.
-        troubled: of each edit, whether it failed at the end, though it could hold there, or diverged.
+        troubled: of each edit, whether it failed at the end, though it could hold there, or was given up.
     """
 
     seconds: list[float]
@@ -49,7 +49,8 @@ def digest(edits: Iterable[EditLine], superseded: Collection[int] = ()) -> Diges
     for edit in edits:
         probes = edit.final or edit.immediate
         seconds.append(edit.training.seconds)
-        troubled.append(edit.training.diverged or (edit.index not in superseded and is_right(probes) is False))
+        given_up = edit.training.diverged or edit.training.out_of_memory
+        troubled.append(given_up or (edit.index not in superseded and is_right(probes) is False))
         for measure, shares in already.items():
             asked = [matches(probe.before, probe.answers) for probe in probes if probe.measure == measure]
             if asked:

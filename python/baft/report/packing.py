@@ -50,13 +50,19 @@ def _row(edit: EditLine, texts: _Once, curves: _Once, superseded: bool) -> list[
         texts.place(edit.target),
         training.steps,
         training.seconds,
-        "diverged" if training.diverged else "converged" if training.converged else "stopped",
+        _ending(edit),
         curves.place(training.losses),
         is_right(edit.immediate),
         None if superseded else is_right(edit.final),
         [_probe(*moments, texts, superseded) for moments in zip_longest(edit.immediate, edit.final)],
         superseded,
     ]
+
+
+def _ending(edit: EditLine) -> str:
+    training = edit.training
+    endings = {"diverged": training.diverged, "out of memory": training.out_of_memory, "converged": training.converged}
+    return next((name for name, is_so in endings.items() if is_so), "stopped")
 
 
 def _probe(immediate: ProbeLine | None, final: ProbeLine | None, texts: _Once, superseded: bool) -> list[Any]:

@@ -158,6 +158,7 @@ class _Training(_Read):
     steps: int
     converged: bool
     diverged: bool
+    out_of_memory: bool = False
     seconds: float
     losses: tuple[float | None, ...]
 

@@ -270,8 +270,11 @@ class Journal:
         return [position for (position,) in self._rows("SELECT position FROM edits ORDER BY position")]
 
     def diverged(self) -> set[int]:
-        """Positions of those that were given up, and aren't edited in."""
-        rows = self._rows("SELECT position FROM edits WHERE json_extract(training, '$.diverged')")
+        """Positions of those that were given up, if for want of memory, and aren't edited in."""
+        rows = self._rows(
+            "SELECT position FROM edits "
+            "WHERE json_extract(training, '$.diverged') OR json_extract(training, '$.out_of_memory')"
+        )
         return {position for (position,) in rows}
 
     def dropped(self) -> set[int]:
@@ -279,13 +282,14 @@ class Journal:
         return {position for (position,) in self._rows("SELECT position FROM dropped")}
 
     def totals(self) -> dict[str, Any]:
-        """Over all edits: their number, seconds, steps, how many converged and how many diverged."""
-        names = ("edits", "seconds", "steps", "converged", "diverged")
+        """Over all edits: their number, seconds, steps, and how many converged, diverged, or ran out of memory."""
+        names = ("edits", "seconds", "steps", "converged", "diverged", "out_of_memory")
         row = next(
             self._rows(
                 "SELECT count(*), coalesce(sum(seconds), 0.0), coalesce(sum(steps), 0), "
                 "coalesce(sum(json_extract(training, '$.converged')), 0), "
-                "coalesce(sum(json_extract(training, '$.diverged')), 0) FROM edits"
+                "coalesce(sum(json_extract(training, '$.diverged')), 0), "
+                "coalesce(sum(json_extract(training, '$.out_of_memory')), 0) FROM edits"
             )
         )
         return dict(zip(names, row, strict=True))
@@ -305,6 +309,11 @@ class Journal:
             connection.execute("DELETE FROM retention WHERE edits > ? OR settled > 0", (left,))
             connection.execute("DELETE FROM settling")
             connection.execute("INSERT OR REPLACE INTO cut VALUES (1, ?)", (position,))
+
+    def leave_out(self, position: int) -> None:
+        """Leave a request that isn't edited yet out of the run from now on."""
+        with self._transaction() as connection:
+            _leave_out(connection, position)
 
     def cut_at(self) -> int | None:
         """Where the edits were cut off, if nothing was edited since: the editor's state may not have followed."""

@@ -55,6 +55,7 @@ def curve_as_json(curve: Curve) -> dict[str, Any]:
         "steps": curve.steps,
         "converged": curve.converged,
         "diverged": curve.diverged,
+        "out_of_memory": curve.out_of_memory,
         "seconds": curve.seconds,
         # JSON knows no NaN: a loss that is none is null.
         "losses": [loss if math.isfinite(loss) else None for loss in curve.losses],
@@ -63,7 +64,8 @@ def curve_as_json(curve: Curve) -> dict[str, Any]:
 
 def curve_from_json(value: Mapping[str, Any]) -> Curve:
     losses = [math.nan if loss is None else loss for loss in value["losses"]]
-    return Curve(losses, value["steps"], value["converged"], value["diverged"], value["seconds"])
+    out_of_memory = value.get("out_of_memory", False)  # an older version's rows don't say
+    return Curve(losses, value["steps"], value["converged"], value["diverged"], value["seconds"], out_of_memory)
 
 
 def results_as_json(results: Sequence[ProbeResult]) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
         },
         "dropped": sorted(journal.dropped()),
         "superseded": sorted(superseded),
-        "training": {"converged": totals["converged"], "diverged": totals["diverged"]},
+        "training": {name: totals[name] for name in ("converged", "diverged", "out_of_memory")},
         "settling": [curve_as_json(curve) for curve in settling],
         "sessions": sessions,
     }

@@ -92,7 +92,7 @@ def run_edits(
 
     Raises:
         ValueError: for more processes than requests, or a question that the model has no room for (``check_room``).
-        RuntimeError: if losses aren't finite any more.
+        RuntimeError: if losses aren't finite any more, or memory runs out; for a sequential run see ``RequestError``.
         OSError: if something can't be written; what was written before is kept.
     """
     context = open_context(

@@ -9,28 +9,47 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
+from baft.engine.memory import ran_out
 from baft.engine.schedule import Curve
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
 from baft.runs.retention import sample
 
-__all__ = ["SequentialRun"]
+__all__ = ["RequestError", "SequentialRun"]
 
 # The unedited model is asked about so many requests at a time, ahead of their edits.
 _ASKED_AHEAD = 64
 
-# So many requests in a row without a finite loss, and it isn't the requests.
-_DIVERGED_AT_MOST = 3
+# So many requests in a row that have to be given up, and it isn't the requests.
+_GIVEN_UP_AT_MOST = 3
 
 # So many edits are told once more to the log of a run that goes on: what it keeps to itself for a while may be lost.
 _LOGGED_AGAIN = 1000
+
+
+class RequestError(RuntimeError):
+    """A run has ended at a request that it can't get past.
+
+    Args:
+        position: the request's.
+        reason: why.
+        folder: the run's, if it has one.
+    """
+
+    def __init__(self, position: int, reason: Exception, folder: Path | None) -> None:
+        way_on = (
+            f"; to go on without it: baft edits drop {folder} {position} --yes, then baft run --resume --out {folder}"
+        )
+        super().__init__(f"request {position}: {reason}{way_on if folder else ''}")
 
 
 class SequentialRun:
@@ -42,7 +61,7 @@ class SequentialRun:
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
-        self._diverged_in_a_row = 0
+        self._given_up_in_a_row = 0
         # How many settling rounds the editor's state has had.
         self._settled = 0
         # Of the edits that this process made: how many, and how many were answered rightly at once.
@@ -72,10 +91,11 @@ class SequentialRun:
         if again:
             context.watcher.stage("going on: the edits since the checkpoint", len(again))
         for record in journal.records(again[0], measures=False) if again else ():
-            curve, _ = self._train(record.index)
-            self._compare(f"edit {record.index}", curve, record.curve)
+            if not record.curve.out_of_memory:  # of which there may be more now
+                curve, _ = self._train(record.index, again=True)
+                self._compare(f"edit {record.index}", curve, record.curve)
             context.watcher.advance()
-        self._diverged_in_a_row = len([*takewhile(diverged.__contains__, reversed(done))])
+        self._given_up_in_a_row = len([*takewhile(diverged.__contains__, reversed(done))])
         return len(again)
 
     def _compare(self, what: str, curve: Curve, earlier: Curve) -> bool:
@@ -98,7 +118,7 @@ class SequentialRun:
                 settle and one after it.
 
         Raises:
-            DivergedError: if several requests in a row had no finite loss.
+            RequestError: if a request can't be edited, or several in a row had no finite loss, or not the memory.
             OSError: if something can't be written; what was written before is kept.
         """
         context = self._context
@@ -111,7 +131,8 @@ class SequentialRun:
             if number == done or number % _ASKED_AHEAD == 0:
                 self._ask_ahead(everything, number - number % _ASKED_AHEAD)
             self._look_back(order, number)
-            record = self._edit(order[number])
+            with self._blaming(order[number]):
+                record = self._edit(order[number])
             context.journal.add(record)
             self._save(number + 1)
             self._tell(record, number + 1)
@@ -149,12 +170,28 @@ class SequentialRun:
         curve, steps = self._train(position)
         seconds = time.perf_counter() - began + self._ahead_seconds
         immediate = context.evaluator.measure([request])[0]
-        if curve.diverged:
-            context.say(f"edit {position} had no finite loss: it is left out, and the editor as it was before it")
+        if curve.diverged or curve.out_of_memory:
+            why = "had no finite loss" if curve.diverged else "needs more memory than there is"
+            context.say(f"edit {position} {why}: it is left out, and the editor as it was before it")
         return EditRecord(position, request, curve, seconds, steps, immediate)
 
-    def _train(self, position: int) -> tuple[Curve, int]:
-        """Edit a request; one whose loss isn't finite any more leaves the editor as it was."""
+    @contextmanager
+    def _blaming(self, position: int) -> Iterator[None]:
+        """Name the request in an error that comes of it."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and not (isinstance(error, DivergedError) or ran_out(error)):
+                raise
+            checkpoints = self._context.checkpoints
+            raise RequestError(position, error, checkpoints.folder.parent if checkpoints else None) from error
+
+    def _train(self, position: int, *, again: bool = False) -> tuple[Curve, int]:
+        """Edit a request; one that has to be given up leaves the editor as it was.
+
+        Args:
+            again: it was edited before, and is to come out alike.
+        """
         editor = self._context.editor
         before, held = editor.state(), len(editor.edits)
         steps, losses = 0, []
@@ -166,15 +203,24 @@ class SequentialRun:
 
         try:
             (outcome,) = editor.edit([self._context.requests[position]], "sequential", on_step=count)
-        except DivergedError:
-            self._diverged_in_a_row += 1
-            if self._diverged_in_a_row == _DIVERGED_AT_MOST:
+        except RuntimeError as error:
+            diverged = isinstance(error, DivergedError)
+            # Of several processes one alone may run out of memory, and the others would wait for it.
+            may_run_out = not again and self._context.world.size == 1
+            if not (diverged or (may_run_out and ran_out(error))):
                 raise
-            editor.load_state(before)
-            editor.edits = editor.edits[:held]
+            self._given_up_in_a_row += 1
+            if self._given_up_in_a_row == _GIVEN_UP_AT_MOST:
+                raise
+        else:
+            self._given_up_in_a_row = 0
+            return outcome.curve, steps
+        # Out here, where the error no longer holds what the step had.
+        editor.load_state(before)
+        editor.edits = editor.edits[:held]
+        if diverged:
             return Curve([*losses, math.nan], steps + 1, diverged=True), steps + 1
-        self._diverged_in_a_row = 0
-        return outcome.curve, steps
+        return Curve(losses, steps, out_of_memory=True), steps
 
     def _settle(self, edits: int) -> None:
         """The settling rounds, if this method has any: those that the editor's state hasn't had."""

@@ -9,7 +9,7 @@ from baft.runs.context import RunContext
 from baft.runs.folder import RunFolder
 from baft.runs.sequential import SequentialRun
 
-__all__ = ["Cost", "cost_of_drop", "cost_of_rollback", "drop", "roll_back"]
+__all__ = ["Cost", "cost_of_drop", "cost_of_rollback", "drop", "is_waiting", "leave_out", "roll_back"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,24 @@ def drop(context: RunContext, folder: RunFolder, position: int) -> None:
     context.checkpoints.cut(cost.kept)
     context.journal.cut(position, drop=True)
     _make_again(context, folder, up_to=done - 1)
+
+
+def is_waiting(folder: RunFolder, position: int) -> bool:
+    """Whether the request at ``position`` is still to be edited."""
+    journal = folder.journal
+    known = position in journal.positions() or position in journal.dropped()
+    return not known and 0 <= position < journal.description()["requests"]
+
+
+def leave_out(folder: RunFolder, position: int) -> None:
+    """Leave out the request at ``position``, which ``is_waiting``: nothing is to be made again.
+
+    Raises:
+        ValueError: if it isn't waiting.
+    """
+    if not is_waiting(folder, position):
+        raise ValueError(f"request: expected the number of one that is still to be edited, got {position}")
+    folder.journal.leave_out(position)
 
 
 def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:

@@ -28,6 +28,7 @@ const ENDED = {
   converged: "its loss was low enough",
   stopped: "its steps were used up",
   diverged: "its loss was no finite number any more",
+  "out of memory": "the device had no more memory",
 };
 
 function detail(edit, run) {
