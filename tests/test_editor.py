@@ -370,6 +370,16 @@ def test_going_back_to_before_the_first_edit_is_like_a_new_editor() -> None:
     assert_same_state(editor.state(), after)
 
 
+def test_edits_go_on_from_parameters_alone() -> None:
+    editor = tiny_editor()
+    editor.edit(TWO)
+    parameters = editor.parameters()
+    editor.load_state(parameters)
+    editor._begin()
+    assert_same_state(editor.parameters(), parameters)
+    assert said(editor, TWO) == targets(TWO)
+
+
 def test_a_state_is_a_copy() -> None:
     editor = tiny_editor()
     editor.edit(TWO[:1])
@@ -440,6 +450,20 @@ def test_a_request_that_can_not_be_edited_is_refused_before_any_is(mode: Any) ->
 def test_generating_without_the_subject_that_the_positions_need() -> None:
     with pytest.raises(ValueError, match=r'^positions="subject": expected to be told'):
         tiny_editor(positions="subject").generate("Ada is")
+
+
+def test_a_calibration_that_failed_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    calibrated, editor = tiny_editor(), tiny_editor()
+    calibrated._begin()
+    with monkeypatch.context() as patched:
+        patched.setattr("baft.engine.growth.calibrate_gates", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            editor.edit(TWO[:1])
+    editor._begin()
+    assert_same_state(editor.state(), calibrated.state())
 
 
 def test_gates_are_calibrated_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,13 +136,18 @@ class BaftEditor(TrainedEditor):
         return self._trainer.report() if self._trainer else {}
 
     def _begin(self) -> Trainer:
-        """Make ready for the first edit: unrelated texts, gates on the model's scale, the training step."""
+        """Make ready for the first edit: unrelated texts, gates on the model's scale, the training step.
+
+        Parameters that edit already came without what trained them, and keep their gates.
+        """
         if self._trainer is not None:
             self._trainer.refresh()
             return self._trainer
         with evaluating(self.model):
-            self._trainer = trainer = self._make_trainer()
-        set_new_gates(trainer, self.config.gate_bias)
+            trainer = self._make_trainer()
+        if trainer.step.sets.are_identity():
+            set_new_gates(trainer, self.config.gate_bias)
+        self._trainer = trainer  # last: what is broken off before begins anew
         return trainer
 
     def _tend(self, trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None) -> None:

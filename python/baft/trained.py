@@ -349,6 +349,8 @@ class TrainedEditor(ABC):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go to a state that ``state()`` returned; ``edits`` isn't part of it.
 
+        After ``parameters()`` alone the next edit goes on from them with a new optimiser and random generator.
+
         Raises:
             ValueError: if its parameters are others than this editor's, by name or by shape.
         """
@@ -361,7 +363,7 @@ class TrainedEditor(ABC):
         if "generator" in state:
             self._trainer = self._trainer or self._make_trainer()
             self._trainer.load_state(state)
-        else:  # it was taken before the first edit
+        else:  # it was taken before the first edit, or is parameters alone
             self._trainer = None
 
     def _shapes_in(self, state: Mapping[str, Tensor]) -> dict[str, list[int]]:
