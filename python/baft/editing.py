@@ -184,8 +184,10 @@ def try_each(
         for outcome in outcomes:
             assert outcome.state is not None
             editor.edits.append(outcome.request)
-            editor.load_state(outcome.state)
-            on_edit(outcome)
-            editor.load_state(before)
-            editor.edits.pop()
+            try:
+                editor.load_state(outcome.state)
+                on_edit(outcome)
+            finally:
+                editor.load_state(before)
+                editor.edits.pop()
     return outcomes

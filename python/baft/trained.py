@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -111,6 +111,9 @@ class TrainedEditor(ABC):
         ``edit_each`` does, and leaves the editor as it was: the edit is on only while ``on_edit`` runs, and comes back
         with ``load_state(outcome.state)``.
 
+        An edit that is broken off, by whatever, leaves no trace: the editor is then as it was before that request, or
+        before the batch.
+
         Args:
             on_edit: called after each edit (of a batch: for each request after all of them), with the edit on.
             on_step: called after each training step of an edit.
@@ -145,11 +148,11 @@ class TrainedEditor(ABC):
 
         if mode == "batch":
             trainer.surroundings.write_ahead([chunks[0] for chunks in rows])
-            with frozen_for_editing(self.model):
+            with self._whole_or_not_at_all():
                 curve = edit_batch(trainer, latest(requests, rows), past, on_step)
-            self._check_finite(curve)
-            for request, chunks in zip(requests, rows, strict=True):
-                keep(request, chunks)
+                self._check_finite(curve)
+                for request, chunks in zip(requests, rows, strict=True):
+                    keep(request, chunks)
             for request in requests:
                 finish(request, curve)
             return outcomes
@@ -157,11 +160,11 @@ class TrainedEditor(ABC):
             if number % WRITTEN_AHEAD == 0 and len(rows) > 1:
                 following = rows[number : number + WRITTEN_AHEAD]
                 trainer.surroundings.write_ahead([chunks[0] for chunks in following])
-            with frozen_for_editing(self.model):
+            with self._whole_or_not_at_all():
                 curve = edit_next(trainer, chunks, past, on_step)
-            self._check_finite(curve)
-            keep(request, chunks)
-            self._tend(trainer, past, on_step)
+                self._check_finite(curve)
+                keep(request, chunks)
+                self._tend(trainer, past, on_step)
             finish(request, curve)
         return outcomes
 
@@ -201,12 +204,12 @@ class TrainedEditor(ABC):
             last.
 
         Raises:
-            RuntimeError: if the loss is no finite number any more.
+            RuntimeError: if the loss is no finite number any more; the editor is then as it was before that round.
         """
         curves: list[Curve] = []
         for number in range(done, self.config.settling_rounds if self.edits else 0):
             trainer = self._begin()
-            with frozen_for_editing(self.model):
+            with self._whole_or_not_at_all():
                 curves.append(settle(trainer, self._history.rows(), number, on_step))
             if on_round:
                 on_round(curves[-1])
@@ -254,8 +257,19 @@ class TrainedEditor(ABC):
         """
         every = self.config.consolidate_every
         if every and len(self.edits) % every == 0:
+            consolidate(trainer, past, on_step)
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Training on the frozen model that goes to its end, or else leaves the editor as it was."""
+        before, held = self.state(), len(self.edits)
+        try:
             with frozen_for_editing(self.model):
-                consolidate(trainer, past, on_step)
+                yield
+        except BaseException:  # an interrupt too
+            self.load_state(before)
+            del self.edits[held:]
+            raise
 
     def _check_finite(self, curve: Curve) -> None:
         """An edit whose last loss was finite may have learned in that step what isn't."""

@@ -70,10 +70,12 @@ class PlainTrainer(Learner):
         step = 0
         while (planned := plan(step)) is not None:
             step += 1
-            losses = self._differentiate(planned.lesson, step)
-            self._optimizer.param_groups[0]["lr"] = planned.rate * self.learning_rate
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            try:
+                losses = self._differentiate(planned.lesson, step)
+                self._optimizer.param_groups[0]["lr"] = planned.rate * self.learning_rate
+                self._optimizer.step()
+            finally:  # a step that is broken off leaves nothing to the next
+                self._optimizer.zero_grad()
             if ended(losses):
                 return
 

@@ -232,8 +232,9 @@ class TrainingStep:
         return Found(per_edit, loss, distances)
 
     def _differentiate(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Add the gradients of the lessons' losses to the parameters'; returns each edit's loss, and the sum of all."""
+        """Give the parameters the gradients of the lessons' losses; returns each edit's loss, and the sum of all."""
         config = self.config
+        self.sets.drop_gradients()  # those of a step that was broken off
         unrelated = len(inputs.texts.unrelated_cells) > 0
         by_update = unrelated and config.locality_loss == "update"
         with self.passes.run(

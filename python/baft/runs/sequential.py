@@ -192,8 +192,6 @@ class SequentialRun:
         Args:
             again: it was edited before, and is to come out alike.
         """
-        editor = self._context.editor
-        before, held = editor.state(), len(editor.edits)
         steps, losses = 0, []
 
         def count(_: int, __: int, loss: float) -> None:
@@ -202,7 +200,7 @@ class SequentialRun:
             losses.append(loss)
 
         try:
-            (outcome,) = editor.edit([self._context.requests[position]], "sequential", on_step=count)
+            (outcome,) = self._context.editor.edit([self._context.requests[position]], "sequential", on_step=count)
         except RuntimeError as error:
             diverged = isinstance(error, DivergedError)
             # Of several processes one alone may run out of memory, and the others would wait for it.
@@ -215,9 +213,6 @@ class SequentialRun:
         else:
             self._given_up_in_a_row = 0
             return outcome.curve, steps
-        # Out here, where the error no longer holds what the step had.
-        editor.load_state(before)
-        editor.edits = editor.edits[:held]
         if diverged:
             return Curve([*losses, math.nan], steps + 1, diverged=True), steps + 1
         return Curve(losses, steps, out_of_memory=True), steps
@@ -232,10 +227,10 @@ class SequentialRun:
             return
         if self._settled < editor.config.settling_rounds:
             context.watcher.stage("settling: all edits once more", editor.config.settling_rounds, self._settled)
-        before, began = editor.state(), time.perf_counter()
+        began = time.perf_counter()
 
         def note(curve: Curve) -> None:
-            nonlocal before, began
+            nonlocal began
             again = self._settled < len(known) and self._compare(
                 f"settling round {self._settled + 1}", curve, known[self._settled]
             )
@@ -244,13 +239,12 @@ class SequentialRun:
                 del known[self._settled :]  # what came after another round is no longer true
             self._settled += 1
             self._save(edits + self._settled, last=True)  # a round is more than many edits
-            before, began = editor.state(), time.perf_counter()
+            began = time.perf_counter()
             context.watcher.advance(f"loss {curve.losses[-1]:.3f}")
 
         try:
             editor.settle(done=self._settled, on_round=note)
         except DivergedError as error:
-            editor.load_state(before)
             context.say(f"settling ended, the edits being as they were before its last round: {error}")
             note(Curve([math.nan], diverged=True, seconds=time.perf_counter() - began))
 
