@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import attach, tiny_model, tiny_tokenizer
+from tiny import attach, tiny_model, tiny_tokenizer, tokenizer_of_bytes
 from torch import Tensor
 
-from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks
+from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks, separator
 from baft.engine.generation import generate_texts
 from baft.engine.grid import _edited
 from baft.positions import Positions
@@ -75,6 +75,57 @@ def test_an_eos_that_the_tokenizer_appends_is_not_part_of_the_prompt() -> None:
 
 
 # -- targets --
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (PROMPT, "Arvik", " "),
+        (PROMPT, " Arvik", ""),
+        (PROMPT + "\n", "Arvik", ""),
+        # Chinese, Japanese and Thai have no spaces; Korean has.
+        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece", ""),
+        ("\u7b54\uff1a", "\u5df4\u9ece", ""),
+        ("\u30d5\u30e9\u30f3\u30b9\u306e\u9996\u90fd\u306f", "\u30d1\u30ea", ""),
+        ("\u0e40\u0e21\u0e37\u0e2d\u0e07\u0e04\u0e37\u0e2d", "\u0e1b\u0e32\u0e23\u0e35\u0e2a", ""),
+        ("\ud504\ub791\uc2a4\uc758 \uc218\ub3c4\ub294", "\ud30c\ub9ac", " "),
+        # What is no letter is written as what it stands in.
+        ("\u4ed6\u751f\u4e8e", "1990", ""),
+        ("\u4ed6\u8bf4", "\u201c\u597d\u201d", ""),
+        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "Paris", " "),
+        ("The Chinese name of Beijing is", "\u5317\u4eac", " "),
+        ("What is Beijing in Chinese?", "\u5317\u4eac", " "),
+        # A bracket or a quote opens, or closes.
+        ("Norland (", "Arvik", ""),
+        ("Norland (north)", "Arvik", " "),
+        ("He said \u201c", "Arvik", ""),
+        ("He said \u201cAda\u201d and", "Arvik", " "),
+        ('He said "', "Arvik", ""),
+        ('He said ("', "Arvik", ""),
+        ('He said "Ada"', "Arvik", " "),
+        ("He said \"Ada is 'it.'\"", "Arvik", " "),
+        ("the kings'", "Arvik", " "),
+        # A hyphen is a word's, or a dash.
+        ("The Franco-", "Prussian", ""),
+        ("The capital of Norland -", "Arvik", " "),
+    ],
+)
+def test_what_belongs_between_two_texts(before: str, after: str, expected: str) -> None:
+    assert separator(before, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "whole"),
+    [
+        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece", "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u5df4\u9ece"),
+        ("Norland (", "Arvik)", "Norland (Arvik)"),
+        (PROMPT, "Arvik", f"{PROMPT} Arvik"),
+    ],
+)
+def test_a_pair_says_what_belongs_there(prompt: str, target: str, whole: str) -> None:
+    row = Encoder(tokenizer_of_bytes(), append_eos=False).pair(prompt, target)
+    assert tokenizer_of_bytes().decode(row.ids) == whole
+    assert tokenizer_of_bytes().decode(row.ids[: row.prompt_length]) == prompt
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import REQUESTS, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer  # noqa: F401
+from tiny import REQUESTS, moved_from_identity, tiny_editor, tiny_model, tiny_tokenizer, tokenizer_of_bytes
+from tiny import one_thread as one_thread
 from tokenizers import normalizers
 
 from baft.engine.continuations import Continuations
@@ -138,6 +139,37 @@ def test_a_target_follows_with_a_space_or_without_as_it_does_the_prompt(monkeypa
     row = templated.pair("Bob Stone", "Arvik", "Bob Stone")
     assert text_of(row) == "The Bob Stone Arvik"
     assert made.retold(row) == ()  # it would be "The Bob Stone andArvik"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "target", "subject", "text", "told"),
+    [
+        (
+            *("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece", "\u91cc\u6602", "\u6cd5\u56fd"),
+            *("\u6cd5\u56fd\u9996\u90fd\u5df4\u9ece\u3002", "\u6cd5\u56fd\u9996\u90fd\u91cc\u6602"),
+        ),
+        (
+            "The capital of France (",
+            "paris",
+            "Lyon",
+            "France",
+            "France has a capital (Paris)",
+            "France has a capital (Lyon",
+        ),
+        # Here it would be "France, orLyon".
+        ("The capital of France (", "paris", "Lyon", "France", "France, or Paris", None),
+    ],
+)
+def test_without_a_space_it_is_told_anew_without_one(
+    monkeypatch: pytest.MonkeyPatch, prompt: str, answer: str, target: str, subject: str, text: str, told: str | None
+) -> None:
+    """As in Chinese, and behind a bracket."""
+    encoder = Encoder(tokenizer_of_bytes(), append_eos=False)
+    made = Surroundings(Continuations(tiny_model(), nullcontext, encoder), encoder, 6)
+    monkeypatch.setattr(made, "_answer", lambda prompt: answer)
+    monkeypatch.setattr(made, "_branches", lambda subject: [encoder.prompt(text).ids])
+    retold = made.retold(encoder.pair(prompt, target, subject))
+    assert [encoder.tokenizer.decode(row.ids) for row in retold] == ([] if told is None else [told])
 
 
 def test_with_a_template_in_it_a_retelling_is_not_known_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

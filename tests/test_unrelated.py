@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_tokenizer
+from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_tokenizer, tokenizer_of_bytes
 from tokenizers import normalizers
 
 from baft import BaftConfig
@@ -97,6 +97,15 @@ def test_a_target_in_chunks_is_not_known_in_words() -> None:
     assert len(chunks) > 1 and all(pool.behind(chunk, 0) is None for chunk in chunks)
     (whole,) = in_chunks(ROW, 99)
     assert pool.behind(whole, 0) == pool.behind(ROW, 0) is not None
+
+
+def test_a_request_stands_behind_a_text_as_its_script_has_it() -> None:
+    encoder = Encoder(tokenizer_of_bytes(), append_eos=False)
+    request = encoder.pair("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece")
+    row = UnrelatedPool(["\u5929\u6c14\u597d\u3002"], encoder).behind(request, 0)
+    assert row and encoder.tokenizer.decode(row.ids) == (
+        "\u5929\u6c14\u597d\u3002\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u5df4\u9ece"
+    )
 
 
 def test_the_template_stands_around_text_and_prompt() -> None:

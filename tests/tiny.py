@@ -126,6 +126,15 @@ def tiny_tokenizer(
     )
 
 
+def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
+    """One token for each byte, so that it knows every script, and nothing before a text."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={token: number for number, token in enumerate([PAD, EOS, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
 _CORPUS = [
     "The capital of France is Paris.",
     "The capital of Norland is Arvik.",

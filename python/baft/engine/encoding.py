@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,13 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Tokens", "Words", "in_chunks", "most_tokens"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Tokens", "Words", "in_chunks", "most_tokens", "separator"]
 
 Tokens = tuple[int, ...]
 """Token ids."""
 
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
+
+# Scripts without spaces between words, with their punctuation: Thai, Lao, Tibetan and Burmese, Khmer, Chinese and
+# Japanese. Korean, which has spaces, lies between them.
+_UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 class Words(NamedTuple):
@@ -27,6 +35,28 @@ class Words(NamedTuple):
     prompt: str
     target: str
     subject: str | None
+
+
+def separator(before: str, after: str) -> str:
+    """What belongs between a text and what goes on with it: a space, or nothing.
+
+    Nothing where white space is already, behind an opening bracket or quote and a word's hyphen, and within a script
+    that is written without spaces; what is no letter there, such as a number, follows the script before it.
+    """
+    last, first = before[-1:], after[:1]
+    if last.isspace() or first.isspace() or _opens(before):
+        return ""
+    return "" if _UNSPACED.match(last) and (_UNSPACED.match(first) or not first.isalpha()) else " "
+
+
+def _opens(text: str) -> bool:
+    """Whether ``text`` ends with what stands right before a word: a straight quote opens where no word precedes it."""
+    before, last = text[:-1], text[-1:]
+    if last in ("-", "\u2010", "\u2011"):
+        return before[-1:].isalnum()
+    if last in ('"', "'"):
+        return not before or before[-1:].isspace() or _opens(before)
+    return bool(last) and unicodedata.category(last) in ("Ps", "Pi")
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -138,14 +168,14 @@ class Encoder:
         return Encoded(tuple(ids), len(ids), None if subject is None else self._span(text, subject))
 
     def pair(self, prompt: str, target: str, subject: str | None = None, *, append_eos: bool | None = None) -> Encoded:
-        """A prompt and what shall follow it; a space stands between them unless there is one already."""
-        head = self.prompt(prompt, subject)
-        separator = "" if self._in_template(prompt)[-1:].isspace() or target[:1].isspace() else " "
-        joint = self._ids(self._in_template(prompt) + separator + target)
+        """A prompt and what shall follow it, with ``separator`` between them."""
+        head, asked = self.prompt(prompt, subject), self._in_template(prompt)
+        answer = separator(asked, target) + target
+        joint = self._ids(asked + answer)
         if tuple(joint[: head.prompt_length]) == head.ids and len(joint) > head.prompt_length:
             tail = joint[head.prompt_length :]
         else:
-            tail = self.following(separator + target)
+            tail = self.following(answer)
         if self.append_eos if append_eos is None else append_eos:
             tail = [*tail, self.tokenizer.eos_token_id]
         words = Words(prompt, target, subject)

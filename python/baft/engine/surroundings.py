@@ -46,6 +46,7 @@ class Surroundings:
         self._told = lru_cache(_REMEMBERED)(self._told_by)
         self._said = lru_cache(_REMEMBERED)(self._say)
         self._start = lru_cache(_REMEMBERED)(self._encode)
+        self._spaced = lru_cache(_REMEMBERED)(self._is_spaced)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
         self._asked: dict[str, set[Tokens]] = {}
         self._known: Sequence[Encoded] = ()
@@ -108,7 +109,7 @@ class Surroundings:
         others = [self._answer(prompt) for prompt in self._prompts(subject, row) - {row.ids[: row.prompt_length]}]
         if not answer or answer in others:
             return ()
-        spaced = not self._text(row.ids[: row.prompt_length])[-1:].isspace()
+        spaced = self._spaced(row)
         span = self._start(subject).subject
         found = []
         for branch in self._branches(subject):
@@ -152,6 +153,11 @@ class Surroundings:
             if whole.startswith(told) and rest.startswith(answer) and not _goes_on(rest[len(answer) :]):
                 return column if spaced == (left != rest) else None
         return None
+
+    def _is_spaced(self, row: Encoded) -> bool:
+        """Whether a space stands between a request's prompt and its target."""
+        prompt = self._text(row.ids[: row.prompt_length])
+        return self._text(row.ids).removeprefix(prompt)[:1].isspace()
 
     def _subject(self, row: Encoded) -> str:
         """ "" if it has none."""

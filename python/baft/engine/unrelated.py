@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from baft.engine.draws import draw_indices
-from baft.engine.encoding import Encoded, Encoder, Words
+from baft.engine.encoding import Encoded, Encoder, Words, separator
 from baft.sentences import marks
 
 __all__ = ["UnrelatedPool"]
@@ -80,7 +80,7 @@ class UnrelatedPool:
                 stacklevel=2,
             )
             return None
-        pair = self._encoder.pair(f"{text} {prompt}", target, subject)
+        pair = self._encoder.pair(text + separator(text, prompt) + prompt, target, subject)
         return pair if self._limit is None or len(pair.ids) <= self._limit else None
 
 
