@@ -13,6 +13,7 @@ from tokenizers import normalizers
 
 from baft.engine.continuations import Continuations
 from baft.engine.encoding import Encoded, Encoder, Words, in_chunks
+from baft.engine.step import Lesson
 from baft.engine.surroundings import Surroundings, _goes_on
 from baft.engine.unrelated import UnrelatedPool
 
@@ -34,6 +35,22 @@ def test_texts_begin_with_the_subject_and_go_on_differently() -> None:
     assert len(texts) >= 3
     assert all(text.ids[: len(start)] == start for text in texts)
     assert len({text.ids[len(start)] for text in texts}) == len(texts)
+
+
+def test_where_the_subject_is_edited_it_is_in_texts_about_it() -> None:
+    """Else the locality loss would see nothing of what an edit does to them."""
+    editor = moved_from_identity(tiny_editor(positions="subject", subject_texts=6), scale=2.0)
+    trainer = editor._begin()
+    texts = trainer.surroundings.of(ROWS[1])
+    assert {editor.tokenizer.decode(text.ids[slice(*text.subject)]) for text in texts if text.subject} == {"Bob Stone"}
+
+    def loss(*unrelated: Encoded) -> float:
+        step = trainer.step
+        return float(step._differentiate(step.arrange([Lesson([ROWS[1]], unrelated)]))[1])
+
+    assert loss(*texts) > loss() + 1e-3
+    others = trainer.unrelated.draw(3, trainer.generator)
+    assert loss(*others) == pytest.approx(loss())  # they are about nobody
 
 
 def test_texts_are_the_same_whatever_was_written_before() -> None:

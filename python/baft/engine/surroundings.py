@@ -91,11 +91,11 @@ class Surroundings:
         edited = {answer for prompt in self._prompts(subject, row) if (answer := self._answer(prompt))}
         texts = ((branch, self._told(branch, subject)) for branch in self._branches(subject))
         kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
-        return tuple(_text_about(subject, branch) for branch in kept)
+        return tuple(self._text_about(subject, branch) for branch in kept)
 
     def all_about(self, subject: str) -> tuple[Encoded, ...]:
         """All texts about a subject, whatever they tell of it."""
-        return tuple(_text_about(subject, branch) for branch in self._branches(subject))
+        return tuple(self._text_about(subject, branch) for branch in self._branches(subject))
 
     def retold(self, row: Encoded) -> tuple[Encoded, ...]:
         """The texts that tell of a request's fact and of no other edit, each with the target instead of the old answer.
@@ -170,6 +170,9 @@ class Surroundings:
         """All texts about a subject."""
         return self._continuations.of(self._asked_of(subject))
 
+    def _text_about(self, subject: str, branch: Tokens) -> Encoded:
+        return Encoded(branch, len(branch), self._start(subject).subject, about=subject)
+
     def _answer(self, prompt: Tokens) -> str:
         """What the unedited model answers to an edit's prompt."""
         (known,) = self._continuations.of(Asked(prompt))
@@ -183,10 +186,6 @@ class Surroundings:
 
     def _text(self, ids: Tokens) -> str:
         return str(self._encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _text_about(subject: str, ids: Tokens) -> Encoded:
-    return Encoded(ids, len(ids), (0, 0), about=subject)
 
 
 def _goes_on(text: str) -> bool:
