@@ -203,6 +203,16 @@ def test_a_subject_has_the_columns_of_its_tokens(prompt: str, subject: str, expe
     assert "".join(names(row.ids[1 : row.subject[0]])) == prompt.partition(subject)[0].rstrip().replace(" ", "_")
 
 
+@pytest.mark.parametrize("ends_with_eos", [False, True])
+def test_a_template_that_begins_with_bos_brings_the_only_one(ends_with_eos: bool) -> None:
+    """As those do that ``apply_chat_template`` writes."""
+    templated = encoder(template="<s>Where is {prompt}?\n", ends_with_eos=ends_with_eos)
+    row = templated.pair("Ada Lund", "in Arvik", "Ada Lund")
+    assert row == encoder(template="Where is {prompt}?\n").pair("Ada Lund", "in Arvik", "Ada Lund")
+    assert names(row.ids).count("<s>") == 1 and subject_tokens(row) == ["_A", "da", "_Lund"]
+    assert templated.prompt("Ada Lund").ids == row.ids[: row.prompt_length]
+
+
 def test_a_subject_is_looked_for_in_the_prompt_and_not_in_the_template() -> None:
     row = encoder(template="Question Ada: {prompt}? Answer Ada:").prompt("Where was Ada", "Ada")
     assert row.subject is not None

@@ -6,11 +6,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
@@ -189,10 +189,15 @@ class Encoder:
         return self.template.replace("{prompt}", prompt)
 
     def _ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self._tokenized(text)["input_ids"]
         if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text so
             ids = ids[:-1]
         return list(ids)
+
+    def _tokenized(self, text: str, **options: Any) -> BatchEncoding:
+        """With the tokenizer's special tokens, unless a chat's template has written them already."""
+        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not begun, **options)
 
     def _span(self, prompt: str, subject: str) -> tuple[int, int] | None:
         """The subject's columns in the templated prompt, first and last + 1; None if it doesn't stand there."""
@@ -202,7 +207,7 @@ class Encoder:
         if not subject:
             return 0, 0
         start = self.template.index("{prompt}") + found
-        encoding = self.tokenizer(self._in_template(prompt), return_offsets_mapping=True)
+        encoding = self._tokenized(self._in_template(prompt), return_offsets_mapping=True)
         columns = [
             column
             for column, (first, last) in enumerate(encoding["offset_mapping"])
