@@ -405,7 +405,19 @@ def test_the_unedited_model_writes_unrelated_texts_itself() -> None:
     assert_same_state(written(training=True), expected)
 
 
+def test_no_unrelated_texts_are_allowed_where_no_loss_looks_at_them() -> None:
+    config = BaftConfig(rank=2, layers=(1,), locality_weight=0.0, max_steps=1)
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(), config, unrelated=[])
+    editor.edit(TWO[:1])  # with gates that were made for texts of the model's own
+
+
 # -- errors --
+
+
+@pytest.mark.parametrize(("unrelated", "got"), [([], "an empty list"), ("Ada is", "the one text 'Ada is'")])
+def test_unrelated_texts_that_are_none_or_no_list(unrelated: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^unrelated: expected .*, got {got}"):
+        BaftEditor(tiny_model(), tiny_tokenizer(), unrelated=unrelated)
 
 
 @pytest.mark.parametrize("layers", [(3,), (0, 3), (1, 1), ()])

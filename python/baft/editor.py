@@ -44,7 +44,8 @@ class BaftEditor(TrainedEditor):
         tokenizer: the model's.
         config: how to edit.
         unrelated: texts whose continuations shall stay as they are, for the locality loss and to calibrate the gates.
-            None lets the unedited model write them itself, at the first edit.
+            None lets the unedited model write them itself, at the first edit; so does an empty list, which
+            ``locality_weight=0`` allows, for the gates.
         options: how the work is done; the result is the same, within rounding.
 
     Attributes:
@@ -53,7 +54,7 @@ class BaftEditor(TrainedEditor):
 
     Raises:
         ValueError: for blocks that can't be found, a layer out of range, a rank (or ``max_rank``) above the model's
-            width, a tokenizer that can't pad.
+            width, a tokenizer that can't pad, unrelated texts that are none or no list.
     """
 
     _trainer: Trainer | None

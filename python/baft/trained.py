@@ -17,22 +17,19 @@ from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
 from baft.engine.continuations import Continuations, KeptContinuations
-from baft.engine.decoding import generate
 from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import DivergedError, Learner
 from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
+from baft.engine.self_written import write_texts
 from baft.engine.surroundings import WRITTEN_AHEAD, Surroundings
 from baft.engine.unrelated import UnrelatedPool
-from baft.placement import device_of, keep_differentiable
+from baft.placement import keep_differentiable
 from baft.requests import EditRequest
 
 __all__ = ["TrainedEditor"]
-
-# Texts that the unedited model writes where none are given.
-_SELF_WRITTEN = 256
 
 
 class TrainedEditor(ABC):
@@ -49,7 +46,8 @@ class TrainedEditor(ABC):
         attachment: what the subclass puts on the model's blocks.
 
     Raises:
-        ValueError: for a tokenizer that can't pad.
+        ValueError: for a tokenizer that can't pad, a single text in place of several, and an empty list of them, unless
+            ``locality_weight`` is 0.
     """
 
     attachment: Attachment
@@ -61,6 +59,7 @@ class TrainedEditor(ABC):
         config: BaftConfig,
         unrelated: Sequence[str] | None,
     ) -> None:
+        _check_texts(unrelated, config)
         keep_differentiable(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -303,17 +302,9 @@ class TrainedEditor(ABC):
         return Surroundings(self._continuations, self.encoder, count)
 
     def _write_unrelated(self) -> list[str]:
-        """Texts that the unedited model writes from nothing: what it knows, in its own words."""
-        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.full((_SELF_WRITTEN, 1), start, device=device_of(self.model))
-        with torch.random.fork_rng(), self.disabled(), torch.no_grad():
-            torch.manual_seed(self.config.seed)
-            written = generate(self.model, self.encoder, ids, torch.ones_like(ids), do_sample=True, max_new_tokens=32)
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        texts = [text.strip() for text in texts if text.strip()]
-        if not texts:
-            raise ValueError("unrelated: expected texts, since the unedited model wrote none of its own")
-        return texts
+        """What the unedited model writes in place of texts that nobody gave."""
+        with self.disabled():
+            return write_texts(self.model, self.encoder, self.config.seed)
 
     # -- using the edited model ------------------------------------------------------------------------------------
 
@@ -397,3 +388,13 @@ class TrainedEditor(ABC):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what using these edits needs."""
+
+
+def _check_texts(unrelated: Sequence[str] | None, config: BaftConfig) -> None:
+    if isinstance(unrelated, str):
+        raise ValueError(f"unrelated: expected a list of texts, got the one text {unrelated!r}")
+    if unrelated is not None and not len(unrelated) and config.locality_weight > 0:
+        raise ValueError(
+            "unrelated: expected texts that shall stay as they are, got an empty list; with None the unedited model "
+            "writes some, and locality_weight=0 needs none"
+        )

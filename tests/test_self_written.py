@@ -1,0 +1,89 @@
+"""Unrelated texts that the unedited model writes itself: what they begin behind, and where they end."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
+
+from baft.engine import self_written
+from baft.engine.encoding import Encoder
+from baft.engine.self_written import write_texts
+
+
+def tokenizer_of(*special: str, chat: bool = False, **tokens: bool) -> PreTrainedTokenizerFast:
+    """One that knows these special tokens, which are none of the model's."""
+    tokenizer = copy.deepcopy(tiny_tokenizer(**tokens))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = "{{ messages }}" if chat else None
+    return tokenizer
+
+
+def begun_behind(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens that the model is given, with no model that would have to know them."""
+    seen: list[list[int]] = []
+
+    def write(model: object, encoder: Encoder, ids: torch.Tensor, *_: object, **__: Any) -> torch.Tensor:
+        seen.extend(ids.tolist())
+        return torch.cat([ids, torch.full((len(ids), 1), tokenizer("Ada")["input_ids"][-1])], 1)
+
+    monkeypatch.setattr(self_written, "generate", write)
+    assert set(write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0)) != {""}
+    assert all(ids == seen[0] for ids in seen)
+    return tokenizer.convert_ids_to_tokens(seen[0])
+
+
+@pytest.mark.parametrize(
+    ("special", "chat", "tokens", "expected"),
+    [
+        ((), False, {}, [BOS]),
+        ((), True, {}, [BOS]),
+        ((), False, {"bos": False}, [EOS]),
+        # In a chat EOS ends a turn.
+        ((), True, {"bos": False}, ["\u010a"]),
+        (("<|endoftext|>",), True, {"bos": False}, ["<|endoftext|>"]),
+        # Where <|im_start|> is BOS.
+        (("<|endoftext|>",), True, {}, ["<|endoftext|>"]),
+        ((), False, {"bos": False, "eos": False}, ["\u010a"]),
+    ],
+)
+def test_texts_begin_behind_what_a_document_begins_behind(
+    special: tuple[str, ...],
+    chat: bool,
+    tokens: dict[str, bool],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert begun_behind(tokenizer_of(*special, chat=chat, **tokens), monkeypatch) == expected
+
+
+def test_a_tokenizer_with_nothing_to_begin_behind_is_refused() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer(bos=False, eos=False))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(ValueError, match=r"^unrelated: expected texts, since the tokenizer knows nothing"):
+        write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0)
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", BOS, EOS, PAD])
+def test_a_text_ends_before_the_first_special_token(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chat's next turn the words "user" and "assistant" would be left."""
+    tokenizer = tokenizer_of("<|im_start|>")
+    rows = [f"{BOS}{text}" for text in (f"Bob is king{end}user\n", f"{end}Ada", "1 2", f"{end}", f" {end}")]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rows]
+    width = max(map(len, ids))
+    padded = torch.tensor([[*own, *[tokenizer.pad_token_id] * (width - len(own))] for own in ids])
+    monkeypatch.setattr(self_written, "generate", lambda *_, **__: padded)
+    assert write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0) == ["Bob is king", "1 2"]
+
+
+def test_a_model_that_writes_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_written, "generate", lambda *_, **__: torch.tensor([[1, 2], [1, 2]]))
+    with pytest.raises(
+        ValueError, match=r"^unrelated: expected texts, since the unedited model wrote none of its own$"
+    ):
+        write_texts(tiny_model(), Encoder(tiny_tokenizer(), append_eos=True), 0)
