@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer
 
 from baft import BaftEditor, EditRequest
+from baft.engine.options import EngineOptions
 from baft_kernels import orthonormality_error
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "edits.json", "training_state.safetensors"]
@@ -65,6 +66,20 @@ def test_an_editor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert_same_state(loaded.state(), editor.state())
     assert loaded.edits == editor.edits == REQUESTS[:2]
     assert loaded.config == editor.config
+
+
+def test_the_machine_is_no_part_of_what_is_saved(tmp_path: Path) -> None:
+    """An adapter that a GPU's kernels have made is loaded where there is no GPU."""
+    editor = tiny_editor(backend="reference")
+    editor.edit(REQUESTS[:1])
+    editor.save_pretrained(tmp_path)
+    assert "backend" not in json.loads((tmp_path / "adapter_config.json").read_text())["baft"]
+    assert load(tmp_path).config == editor.config.model_copy(update={"backend": "auto"})
+    options = EngineOptions(slots=1)
+    loaded = BaftEditor.from_pretrained(tiny_model(), tiny_tokenizer(), tmp_path, options=options, backend="reference")
+    assert loaded.config == editor.config and loaded._options is options
+    assert {intervention.backend for intervention in loaded.interventions.values()} == {"reference"}
+    assert torch.equal(logits(loaded), logits(editor))
 
 
 LONG_RUN = {"grow_every": 2, "grow_by": 3, "consolidate_every": 2, "consolidation_steps": 3, "rehearsal_buffer": 2}

@@ -237,9 +237,20 @@ class BaftEditor(TrainedEditor):
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: str | Path,
+        *,
+        options: EngineOptions | None = None,
+        backend: str = "auto",
     ) -> BaftEditor:
         """The editor that ``save_pretrained`` saved, on ``model``; editing goes on as if it had never stopped.
+
+        Args:
+            options: how the work is done here.
+            backend: of the op here, in place of that of the editor that was saved: the folder knows nothing of either,
+                which are the machine's and no part of what was learned.
 
         Raises:
             ValueError: for a folder that can't be read, or that was saved for a model of other width or depth.
@@ -250,8 +261,8 @@ class BaftEditor(TrainedEditor):
             raise ValueError(
                 f"{folder}: expected an adapter for hidden vectors of width {width}, got one for {saved.width}"
             )
-        config = saved.config.model_copy(update={"layers": saved.layers})
-        editor = cls(model, tokenizer, config, unrelated=saved.unrelated)
+        config = saved.config.model_copy(update={"layers": saved.layers, "backend": backend})
+        editor = cls(model, tokenizer, config, unrelated=saved.unrelated, options=options)
         try:
             editor.load_state({**saved.parameters, **saved.training_state})
         except (KeyError, ValueError, RuntimeError) as error:

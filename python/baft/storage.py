@@ -1,6 +1,6 @@
 """An editor's folder: what is in it, written so that a full disk leaves the old one, read without executing anything.
 
-    adapter_config.json          what it is: method, width, layers, configuration, base model
+    adapter_config.json          what it is: method, width, layers, configuration without its backend, base model
     adapter_model.safetensors    the interventions' parameters
     training_state.safetensors   what continuing needs: optimiser moments, gate usage, random generator
     edits.json                   the requests that are edited in, and the unrelated texts
@@ -60,7 +60,7 @@ def save_editor(folder: str | Path, saved: SavedEditor) -> None:
         "base_model_name_or_path": saved.base_model,
         "width": saved.width,
         "layers": saved.layers,
-        "baft": saved.config.model_dump(mode="json"),
+        "baft": saved.config.model_dump(mode="json", exclude={"backend"}),
     }
     edits = {"edits": [request.model_dump(mode="json") for request in saved.edits], "unrelated": saved.unrelated}
     _replace_files(
