@@ -77,6 +77,7 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone(method: str) ->
     assert editor.edits == REQUESTS[3:4]
     # Asked in turn by their states, they answer alike.
     states = [outcome.state or {} for outcome in outcomes]
+    assert not any(name.startswith("optimizer.") for state in states for name in state)
     measured = Evaluator(editor, max_new_tokens=6).measure(TWO, states=states)
     assert [results[0].generation for results in measured] == [True] * 2
     assert_same_state(editor.state(), before)

@@ -42,7 +42,8 @@ class EditOutcome:
         index: the request's place among those given.
         request: what was asked.
         curve: how it trained; all requests of a batch share one curve.
-        state: in single mode, the editor's state with this request alone edited; give it to ``load_state``.
+        state: in single mode, the editor's state with this request alone edited; give it to ``load_state``. It has no
+            moments of the optimiser, which are twice as much as all the rest: who edits on begins with none.
     """
 
     index: int

@@ -182,7 +182,7 @@ class TrainedEditor(ABC):
             try:
                 with frozen_for_editing(self.model):
                     curve = edit_next(learner, chunks, past, on_step, alone=True)
-                state = self.state()
+                state = {**self.parameters(), **learner.course()}
             finally:
                 self.load_state(before)
             yield EditOutcome(index, request, curve, state)
