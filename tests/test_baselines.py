@@ -83,6 +83,14 @@ def test_a_single_edit_is_on_while_it_is_looked_at_and_then_gone(method: str) ->
     assert_same_state(editor.state(), before)
 
 
+@pytest.mark.parametrize("method", [*TRAINED, "none"])
+def test_one_request_is_no_list_of_them(method: str) -> None:
+    editor = editor_of(method)
+    for edit in (editor.edit, lambda one: list(editor.edit_each(one))):
+        with pytest.raises(ValueError, match=r"^requests: expected a list of EditRequest, got EditRequest$"):
+            edit(REQUESTS[0])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_single_edit_takes_as_many_steps_as_it_would_with_baft(method: str) -> None:
     editor = editor_of(method, min_steps=3, stop_below=1e9)

@@ -444,6 +444,22 @@ def test_an_unknown_mode() -> None:
         tiny_editor().edit(TWO, "parallel")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("requests", "got"),
+    [
+        (TWO[0], "EditRequest"),
+        (iter(TWO), "list_iterator"),
+        ([TWO[0], {"prompt": "Ada is", "target": "Bob"}], "dict at 1"),
+        ("Ada is", "str at 0"),
+    ],
+)
+def test_what_is_no_list_of_requests(requests: Any, got: str) -> None:
+    editor = tiny_editor()
+    for edit in (editor.edit, lambda some: list(editor.edit_each(some))):
+        with pytest.raises(ValueError, match=f"^requests: expected a list of EditRequest, got {got}$"):
+            edit(requests)
+
+
 @pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
 def test_a_request_that_can_not_be_edited_is_refused_before_any_is(mode: Any) -> None:
     for positions, bad, message in (

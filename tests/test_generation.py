@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, attach, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
 
 from baft.engine.encoding import Encoder
 from baft.engine.generation import force_answers, generate_texts
@@ -111,6 +112,20 @@ def test_sampling_is_up_to_the_caller() -> None:
     assert sampled != speaker.says()
     torch.manual_seed(0)
     assert sampled == speaker.says(do_sample=True, temperature=5.0)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_return_sequences": 2}, "^num_return_sequences: expected 1, .* got 2"),
+        ({"return_dict_in_generate": True}, "^return_dict_in_generate: expected False, .* got True$"),
+    ],
+)
+def test_each_prompt_gets_one_text(option: dict[str, Any], message: str, in_config: bool) -> None:
+    options = {"generation_config": GenerationConfig(do_sample=True, **option)} if in_config else option
+    with pytest.raises(ValueError, match=message):
+        Speaker("llama", "all").says(**options)
 
 
 # -- plain forward passes --

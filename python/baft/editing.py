@@ -28,6 +28,7 @@ __all__ = [
     "Settling",
     "SideBySide",
     "check_mode",
+    "check_requests",
     "try_each",
 ]
 
@@ -173,6 +174,20 @@ def check_mode(mode: str) -> None:
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected single, batch or sequential, got {mode!r}")
+
+
+def check_requests(requests: Sequence[EditRequest]) -> None:
+    """Make sure that they are requests, in a list or another sequence.
+
+    Raises:
+        ValueError: if they aren't; one alone isn't either.
+    """
+    expected = "requests: expected a list of EditRequest"
+    if not isinstance(requests, Sequence):
+        raise ValueError(f"{expected}, got {type(requests).__name__}")
+    for number, request in enumerate(requests):
+        if not isinstance(request, EditRequest):
+            raise ValueError(f"{expected}, got {type(request).__name__} at {number}")
 
 
 def try_each(

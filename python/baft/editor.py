@@ -15,7 +15,7 @@ from baft import storage
 from baft.attach import Attachment, find_blocks
 from baft.bank import AdapterBank
 from baft.config import BaftConfig
-from baft.editing import EditOutcome, Mode
+from baft.editing import EditOutcome, Mode, check_requests
 from baft.engine.abreast import EditsAbreast
 from baft.engine.encoding import Encoded
 from baft.engine.growth import grow, set_new_gates
@@ -110,6 +110,7 @@ class BaftEditor(TrainedEditor):
         Raises:
             ValueError: as ``edit``.
         """
+        check_requests(requests)
         rows = [self._chunks(request) for request in requests]
         if not rows:
             return

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.attach import Attachment
 from baft.config import BaftConfig
-from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, try_each
+from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, check_requests, try_each
 from baft.engine.continuations import Continuations, KeptContinuations
 from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
@@ -121,11 +121,12 @@ class TrainedEditor(ABC):
             One outcome for each request, in order.
 
         Raises:
-            ValueError: for an unknown mode, a request longer than the model's context, or, with
-                ``positions="subject"``, a request without a subject in its prompt.
+            ValueError: for an unknown mode, what is no list of requests, a request longer than the model's context, or,
+                with ``positions="subject"``, a request without a subject in its prompt.
             RuntimeError: if the loss of a batched or sequential edit is no finite number any more, or what it learned.
         """
         check_mode(mode)
+        check_requests(requests)
         rows = [self._chunks(request) for request in requests]
         if not rows:
             return []
@@ -173,6 +174,7 @@ class TrainedEditor(ABC):
         Raises:
             ValueError, RuntimeError: as ``edit``.
         """
+        check_requests(requests)
         rows = [self._chunks(request) for request in requests]
         if not rows:
             return
@@ -319,11 +321,14 @@ class TrainedEditor(ABC):
             prompts: a text, or a sequence of texts.
             options: ``subjects`` (one for each prompt, for ``positions="subject"``), ``adapters`` and ``adapter_ids``
                 (``BaftEditor.bank``, and the number of the edited model that continues each prompt), ``max_new_tokens``
-                (32), ``batch_size`` (64), ``on_batch`` (called after each), and all that transformers' ``generate``
-                takes.
+                (32), ``batch_size`` (64), ``on_batch`` (called after each), and what transformers' ``generate`` takes,
+                as far as each prompt gets one text.
 
         Returns:
             The continuation, or a list of them, without the prompts.
+
+        Raises:
+            ValueError: for ``num_return_sequences`` above 1, or ``return_dict_in_generate``.
         """
         if isinstance(prompts, str):
             return generate_texts(self.model, self.attachment, self.encoder, [prompts], **options)[0]

@@ -16,7 +16,7 @@ from baft.attach import Attachment, find_blocks
 from baft.baselines.plain import answer_losses, logits_of
 from baft.baselines.weights import save_baseline
 from baft.config import BaftConfig
-from baft.editing import EditOutcome, Mode, OnEdit, check_mode, try_each
+from baft.editing import EditOutcome, Mode, OnEdit, check_mode, check_requests, try_each
 from baft.engine.encoding import Encoder
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.modes import evaluating
@@ -75,9 +75,10 @@ class NoEdit:
         """Take ``requests``; each curve has one loss, what it is with the request taken, and no step.
 
         Raises:
-            ValueError: for an unknown mode, or a request that can't be taken.
+            ValueError: for an unknown mode, what is no list of requests, or a request that can't be taken.
         """
         check_mode(mode)
+        check_requests(requests)
         self._check(requests)
         if mode == "single":
             return try_each(self, requests, on_edit, on_step)
@@ -95,6 +96,7 @@ class NoEdit:
 
     def edit_each(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Iterator[EditOutcome]:
         """Take each of ``requests`` alone, and leave the editor as it was."""
+        check_requests(requests)
         self._check(requests)
         before = self.state()
         for index, request in enumerate(requests):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -50,7 +50,11 @@ def generate_texts(
 
     Returns:
         The continuations, in the order of ``prompts``, without special tokens.
+
+    Raises:
+        ValueError: for options that ask for more than one text of each prompt, or for something else.
     """
+    _check_one_text(options)
     subjects = subjects or [None] * len(prompts)
     rows = [encoder.prompt(prompt, subject) for prompt, subject in zip(prompts, subjects, strict=True)]
     texts = [""] * len(rows)
@@ -113,6 +117,18 @@ def force_answers(
             split, end = rows[index].prompt_length, len(rows[index].ids)
             forced[index] = predicted[line][split - 1 : end - 1], list(rows[index].ids[split:end])
     return forced
+
+
+def _check_one_text(options: Mapping[str, Any]) -> None:
+    own = options.get("generation_config")
+    said = {**(own.to_dict() if own else {}), **options}
+    if (texts := said.get("num_return_sequences") or 1) != 1:
+        raise ValueError(
+            f"num_return_sequences: expected 1, since each prompt gets one text, got {texts}; for several texts of a "
+            "prompt, give it several times"
+        )
+    if said.get("return_dict_in_generate"):
+        raise ValueError("return_dict_in_generate: expected False, since texts are what is returned, got True")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
