@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Lfm2Config, PreTrainedModel
 
 from baft.engine import decoding, generation
+from baft.engine.continuations import Asked, Continuations
 from baft.engine.decoding import ends_of, greedily_continued
 from baft.engine.encoding import Encoder, TokenBatch
 
@@ -133,26 +134,39 @@ def test_a_cache_with_more_than_keys_and_values_is_made_anew() -> None:
     assert min(rows for rows, _ in shapes) < len(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"cache_implementation": "dynamic"},
-        {"cache_implementation": "static"},
-        {"min_new_tokens": 6},
-        {"begin_suppress_tokens": [*range(3, 60)]},
-    ],
-    ids=str,
-)
-def test_a_model_that_generates_in_a_way_of_its_own_does_so(way: dict[str, Any]) -> None:
-    """What is counted from the prompt's end isn't counted anew."""
+WAYS: list[dict[str, Any]] = [
+    {"repetition_penalty": 3.0},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 3},
+    {"min_new_tokens": 6},
+    {"begin_suppress_tokens": [*range(3, 60)]},
+    {"bad_words_ids": [[token] for token in range(3, 60)]},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_greedy_is_the_likeliest_token_whatever_way_the_model_has(way: dict[str, Any]) -> None:
     model = ending_early()
+    expected = run_to_the_end(model, batch_of(), 12)
+    written = Continuations(model, nullcontext, ENCODER)
+    asked = Asked(ENCODER.prompt(PROMPTS[1]).ids, branches=4)
+    texts = written.of(asked)
     for name, value in way.items():
         setattr(model.generation_config, name, value)
-    expected = run_to_the_end(model, batch_of(), 12)
-    with passes(model) as shapes:
-        found = greedily_continued(model, ENCODER, batch_of(), 12)
-    assert [up_to_end(model, new) for new in found] == expected
-    assert {rows for rows, _ in shapes} == {len(PROMPTS)}
+    own = model.generation_config
+    assert [up_to_end(model, new) for new in greedily_continued(model, ENCODER, batch_of(), 12)] == expected
+    written.forget()
+    assert written.of(asked) == texts
+    assert model.generation_config is own
+
+
+def test_the_models_own_way_is_there_for_who_asks_transformers_for_something() -> None:
+    editor = tiny_editor()
+    plain = editor.generate(PROMPTS, max_new_tokens=12)
+    assert editor.generate(PROMPTS, max_new_tokens=12, do_sample=False) == plain
+    editor.model.generation_config.repetition_penalty = 3.0
+    assert editor.generate(PROMPTS, max_new_tokens=12) == plain
+    assert editor.generate(PROMPTS, max_new_tokens=12, do_sample=False) != plain
 
 
 def test_a_configuration_of_the_callers_says_where_texts_end() -> None:

@@ -315,7 +315,10 @@ class TrainedEditor(ABC):
     @overload
     def generate(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
     def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
-        """Continue one prompt, or each of several, under the edits; greedy by default.
+        """Continue one prompt, or each of several, under the edits.
+
+        By default greedily: with the likeliest token each time, whatever penalties and the like the model's own
+        generation configuration has. With options of transformers' ``generate`` that counts, but for its sampling.
 
         Args:
             prompts: a text, or a sequence of texts.

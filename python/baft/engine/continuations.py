@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from baft.engine.decoding import ends_of, generate, greedily_continued
+from baft.engine.decoding import ends_of, generate_greedily, greedily_continued
 from baft.engine.encoding import Encoded, Encoder, TokenBatch, Tokens, most_tokens
 from baft.engine.generation import batches_by_length
 from baft.engine.modes import evaluating
@@ -139,7 +139,8 @@ class Continuations:
         for chosen in batches_by_length([len(one.prompt) for one in asked], _TOGETHER):
             batch = self._batch([asked[k].prompt for k in chosen])
             how = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
-            scores = generate(self._model, self._encoder, batch.ids, batch.attention_mask, **how).logits[0]
+            written = generate_greedily(self._model, self._encoder, batch.ids, batch.attention_mask, **how)
+            scores = written.logits[0]
             scores[:, ends_of(self._model, self._encoder)] = -torch.inf
             for line, k in enumerate(chosen):
                 found[k] = [(token,) for token in scores[line].topk(asked[k].branches).indices.tolist()]

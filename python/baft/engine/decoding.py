@@ -8,26 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from baft.engine.encoding import Encoder, TokenBatch
 
-__all__ = ["ends_of", "generate", "greedily_continued"]
+__all__ = ["ends_of", "generate", "generate_greedily", "greedily_continued"]
 
 # Texts below which none leaves before all have ended: going on without some takes longer than a step with them.
 _FEW = 8
-
-# What a model's own way of generating may name if texts shall leave their batch: who goes on is a new prompt to
-# transformers, for which what is counted from a prompt's end would be counted anew.
-_HARMLESS = frozenset(
-    {
-        *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
-        *("max_length", "max_new_tokens", "use_cache", "repetition_penalty", "no_repeat_ngram_size"),
-        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        *("transformers_version", "_from_model_config"),
-    }
-)
 
 # Layers of a cache whose every tensor is one row a text.
 _PARTED = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -41,10 +30,22 @@ def ends_of(model: PreTrainedModel, encoder: Encoder) -> list[int]:
 
 
 def generate(model: PreTrainedModel, encoder: Encoder, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """transformers' ``generate``, greedy unless ``options`` for it say otherwise."""
+    """transformers' ``generate``, in the model's own way; without sampling unless ``options`` for it say otherwise."""
     return model.generate(  # type: ignore[operator]  # transformers' class doesn't declare it
         input_ids=ids, attention_mask=mask, pad_token_id=encoder.pad_id, **{"do_sample": False, **options}
     )
+
+
+def generate_greedily(model: PreTrainedModel, encoder: Encoder, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """The same, but with the model's likeliest token each time, whatever its own way is.
+
+    A model may come with penalties, beams or tokens to avoid, which would be measured, and learned from, in its place.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        return generate(model, encoder, ids, mask, **options)
+    finally:
+        model.generation_config = own
 
 
 def greedily_continued(
@@ -57,7 +58,7 @@ def greedily_continued(
     """The new tokens of each text of ``batch``, which is padded on the left.
 
     A batch runs for as long as its longest text. As soon as half of the texts have ended, the others go on without
-    them, with their part of the cache; not where the model's configuration generates in a way of its own.
+    them, with their part of the cache.
 
     Args:
         meanwhile: what the model runs in; told the numbers of the texts that are left, and their part of the batch.
@@ -69,11 +70,10 @@ def greedily_continued(
     ids, mask, cache = batch.ids, batch.attention_mask, None
     found: list[list[int]] = [[]] * len(ids)
     left = list(range(len(ids)))
-    leaving = {*(model.generation_config.to_diff_dict() if model.generation_config else ())} <= _HARMLESS
     while left:
         enough = _HalfHaveEnded(torch.tensor(ends, device=ids.device), width)
         with meanwhile(left, batch[left]):
-            generated = generate(
+            generated = generate_greedily(
                 model,
                 encoder,
                 ids,
@@ -81,7 +81,7 @@ def greedily_continued(
                 past_key_values=cache,
                 max_new_tokens=width + max_new_tokens - ids.shape[1],
                 eos_token_id=ends or None,
-                stopping_criteria=[enough] if leaving and len(left) >= _FEW else [],
+                stopping_criteria=[enough] if len(left) >= _FEW else [],
                 return_dict_in_generate=True,
             )
         ids = generated.sequences

@@ -37,7 +37,9 @@ def generate_texts(
     on_batch: OnBatch | None = None,
     **options: Any,
 ) -> list[str]:
-    """Continue each of ``prompts``; greedy unless ``options`` for transformers' ``generate`` say otherwise.
+    """Continue each of ``prompts``, greedily, or as ``options`` for transformers' ``generate`` say.
+
+    With options the model's own generation configuration counts, but for its sampling; without, nothing but the model.
 
     Prompts of like length share a batch, padded on the left, which leaves their continuations as they would be alone
     (within rounding).
