@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from baft.attach import Attachment
-from baft.engine.transfer import sent
+from baft.transfer import sent
 from baft_kernels import BaftIntervention, GroupedBaftIntervention
 
 __all__ = ["AdapterBank"]

@@ -15,7 +15,7 @@ import torch
 from baft.engine.graphs import Graphs
 from baft.engine.learner import DivergedError, Ended, Plan, Planned
 from baft.engine.step import TrainingStep
-from baft.engine.transfer import Reading
+from baft.transfer import Reading
 from baft_kernels.stiefel import NEAR
 
 __all__ = ["take_steps"]

@@ -13,8 +13,8 @@ from baft.engine.encoding import Encoded
 from baft.engine.grid import Grid
 from baft.engine.kept import Kept
 from baft.engine.replay import Replay
-from baft.engine.transfer import sent
 from baft.engine.weights import versions_of
+from baft.transfer import sent
 
 __all__ = ["FrozenStates"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from baft.engine.buckets import rounded_up
 from baft.engine.encoding import Encoded
-from baft.engine.transfer import sent
 from baft.positions import Positions, PromptTokens
+from baft.transfer import sent
 
 __all__ = ["Grid", "lay_out"]
 

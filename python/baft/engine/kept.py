@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
-from baft.engine.transfer import sent
+from baft.transfer import sent
 
 __all__ = ["Kept"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baft.distributed import World
-from baft.engine.transfer import sent
+from baft.transfer import sent
 
 __all__ = ["Part"]
 

@@ -25,9 +25,9 @@ from baft.engine.modes import evaluating
 from baft.engine.options import EngineOptions
 from baft.engine.replay import Replay
 from baft.engine.surroundings import Surroundings
-from baft.engine.transfer import sent
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import device_of
+from baft.transfer import sent
 from baft_kernels import GroupedBaftIntervention
 
 __all__ = ["PassInputs", "Passed", "Passes"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from baft.config import BaftConfig
-from baft.engine.transfer import sent
+from baft.transfer import sent
 from baft_kernels import (
     BaftIntervention,
     GroupedBaftIntervention,

@@ -24,7 +24,7 @@ from baft.engine.ending import Ending, Watch
 from baft.engine.parallel import Part
 from baft.engine.passes import Passed, Passes, PassInputs
 from baft.engine.sets import ParameterSets
-from baft.engine.transfer import sent
+from baft.transfer import sent
 
 __all__ = ["Found", "Lesson", "StepInputs", "TrainingStep"]
 
