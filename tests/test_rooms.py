@@ -45,7 +45,9 @@ def room_of(module: str) -> str:
 def table() -> dict[str, set[str]]:
     """By room the other packages that it may import, from the bottom up."""
     rows = re.findall(r"^\| (`[^:|]+): [^|]+ \| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M)
-    return {room: {*packages.split(", ")} for rooms, packages in rows for room in re.findall(r"`(\w+)`", rooms)}
+    return {
+        room: {*packages.split(", ")} - {"none"} for rooms, packages in rows for room in re.findall(r"`(\w+)`", rooms)
+    }
 
 
 ROOMS = table()
