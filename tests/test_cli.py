@@ -84,6 +84,23 @@ def test_run_writes_what_it_prints(sequential_run: tuple[Path, dict[str, Any]]) 
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (out / "adapter").iterdir()}
 
 
+def test_few_records_that_are_left_over_are_filled_up_and_counted_aloud(
+    testbed: Path, dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.json").write_text(json.dumps(json.loads(dataset.read_text())[:3]))
+    (tmp_path / "config.yaml").write_text("rank: 4\nbatch_passes: 1\nsubject_texts: 0\n")
+    arguments = ("--model", testbed, "--dataset", tmp_path / "few.json", "--mode", "batch")
+    for edits in (3, 2):
+        out = tmp_path / str(edits)
+        done = baft("run", *arguments, "--config", tmp_path / "config.yaml", "--edits", edits, "--out", out)
+        assert done.returncode == 0, done.stderr
+        protocol = json.loads((out / "results.json").read_text())["protocol"]
+        given, written = protocol["unrelated_texts"].values()
+        assert (given > 0) == (edits < 3) and 0 < written <= 256 - given and protocol["held_out_texts"] == 0
+        said = f"{given} unrelated texts are given, and {written} the model's own; 0 texts are held out"
+        assert said in done.stdout
+
+
 def test_results_say_how_they_came_about(sequential_run: tuple[Path, dict[str, Any]]) -> None:
     _, results = sequential_run
     assert (results["edits"], results["seed"], results["config"]["rank"]) == (4, 3, 24)

@@ -67,6 +67,17 @@ def test_what_is_measured_is_not_trained_on_and_what_is_held_out_is_neither(file
     assert all(text.endswith(".") for text in (*assignment.unrelated, *assignment.held_out))
 
 
+def test_where_nobody_knows_the_answers_prompts_are_held_out(file: Path) -> None:
+    records = [{**record, "ground_truth": None} for record in json.loads(file.read_text())]
+    file.write_text(json.dumps(records))
+    held_out = load_assignment(str(file), 10, 0).held_out
+    assert len(held_out) > 5 and all(text.endswith("lives in") for text in held_out)
+    records[0]["ground_truth"], records[1]["ground_truth"] = "Town 0", "Town 1"
+    file.write_text(json.dumps(records))
+    known = {text for seed in range(9) for text in load_assignment(f"{file}[:20]", 4, seed).held_out}
+    assert known & {"Person 0 lives in Town 0.", "Person 1 lives in Town 1."}
+
+
 def test_more_edits_than_requests_are_refused(file: Path) -> None:
     with pytest.raises(ValueError, match=r"edits: expected 1 to 6, the requests in .*people.json\[:6\], got 7"):
         load_assignment(f"{file}[:6]", 7, 0)

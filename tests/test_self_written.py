@@ -11,6 +11,7 @@ from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
+from baft import BaftConfig, BaftEditor, EditRequest
 from baft.engine import self_written
 from baft.engine.encoding import Encoder
 from baft.engine.self_written import write_texts
@@ -33,7 +34,7 @@ def begun_behind(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyP
         return torch.cat([ids, torch.full((len(ids), 1), tokenizer("Ada")["input_ids"][-1])], 1)
 
     monkeypatch.setattr(self_written, "generate", write)
-    assert set(write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0)) != {""}
+    assert set(write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 256, 0)) != {""}
     assert all(ids == seen[0] for ids in seen)
     return tokenizer.convert_ids_to_tokens(seen[0])
 
@@ -66,7 +67,7 @@ def test_a_tokenizer_with_nothing_to_begin_behind_is_refused() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer(bos=False, eos=False))
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(ValueError, match=r"^unrelated: expected texts, since the tokenizer knows nothing"):
-        write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0)
+        write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 256, 0)
 
 
 @pytest.mark.parametrize("end", ["<|im_start|>", BOS, EOS, PAD])
@@ -78,12 +79,13 @@ def test_a_text_ends_before_the_first_special_token(end: str, monkeypatch: pytes
     width = max(map(len, ids))
     padded = torch.tensor([[*own, *[tokenizer.pad_token_id] * (width - len(own))] for own in ids])
     monkeypatch.setattr(self_written, "generate", lambda *_, **__: padded)
-    assert write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 0) == ["Bob is king", "1 2"]
+    assert write_texts(tiny_model(), Encoder(tokenizer, append_eos=True), 256, 0) == ["Bob is king", "1 2"]
 
 
 def test_a_model_that_writes_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_written, "generate", lambda *_, **__: torch.tensor([[1, 2], [1, 2]]))
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(), BaftConfig(rank=2, layers=(1,)))
     with pytest.raises(
         ValueError, match=r"^unrelated: expected texts, since the unedited model wrote none of its own$"
     ):
-        write_texts(tiny_model(), Encoder(tiny_tokenizer(), append_eos=True), 0)
+        editor.edit([EditRequest(prompt="Ada is", target="Bob")])

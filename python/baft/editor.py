@@ -160,8 +160,8 @@ class BaftEditor(TrainedEditor):
             grow(trainer, self._highest_rank)
         super()._tend(trainer, past, on_step)
 
-    def _write_unrelated(self) -> list[str]:
-        return self._options.world.first_ones(super()._write_unrelated())
+    def _write_unrelated(self, number: int) -> list[str]:
+        return self._options.world.first_ones(super()._write_unrelated(number))
 
     def _make_trainer(self) -> Trainer:
         pool = self._unrelated_texts()

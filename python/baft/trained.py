@@ -21,7 +21,7 @@ from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import DivergedError, Learner
-from baft.engine.modes import frozen_for_editing
+from baft.engine.modes import evaluating, frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
 from baft.engine.self_written import write_texts
 from baft.engine.surroundings import WRITTEN_AHEAD, Surroundings
@@ -30,6 +30,9 @@ from baft.placement import keep_differentiable
 from baft.requests import EditRequest
 
 __all__ = ["TrainedEditor"]
+
+# Unrelated texts that there are at least, where the unedited model writes some.
+_ENOUGH = 256
 
 
 class TrainedEditor(ABC):
@@ -67,6 +70,7 @@ class TrainedEditor(ABC):
         self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
         self._history = History(self._chunks)
         self._unrelated = unrelated
+        self._given = len(unrelated or ())
         self._continuations = Continuations(model, self.disabled, self.encoder)
         self._trainer: Learner | None = None
 
@@ -88,6 +92,25 @@ class TrainedEditor(ABC):
     @edits.setter
     def edits(self, requests: Sequence[EditRequest]) -> None:
         self._history.requests = list(requests)
+
+    @property
+    def unrelated_texts(self) -> tuple[int, int] | None:
+        """How many texts that shall stay as they are were given, and how many the model wrote; None before it does."""
+        return None if self._unrelated is None else (self._given, len(self._unrelated) - self._given)
+
+    def fill_unrelated(self, requests: Sequence[EditRequest]) -> None:
+        """Have the unedited model write what is missing where few unrelated texts were given, before the first edit.
+
+        A handful is worse than none, for which it writes hundreds: what they don't speak of isn't left alone. What it
+        writes of the subjects of ``requests`` may be what is to change: that is kept only where there is no other text.
+        """
+        given = list(self._unrelated or ())
+        if len(given) < _ENOUGH:
+            with evaluating(self.model):
+                written = self._write_unrelated(_ENOUGH - len(given))
+            subjects = {request.subject.casefold() for request in requests if request.subject}
+            others = [text for text in written if not any(subject in text.casefold() for subject in subjects)]
+            self._unrelated = given + (others if given else others or written)
 
     def engine_report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""
@@ -294,7 +317,9 @@ class TrainedEditor(ABC):
         return row
 
     def _unrelated_texts(self) -> UnrelatedPool:
-        self._unrelated = self._unrelated or self._write_unrelated()
+        self._unrelated = self._unrelated or self._write_unrelated(_ENOUGH)
+        if not self._unrelated:
+            raise ValueError("unrelated: expected texts, since the unedited model wrote none of its own")
         return UnrelatedPool(self._unrelated, self.encoder, most_tokens(self.model))
 
     def _surroundings(self) -> Surroundings:
@@ -303,10 +328,10 @@ class TrainedEditor(ABC):
         count = self.config.subject_texts if wanted else 0
         return Surroundings(self._continuations, self.encoder, count)
 
-    def _write_unrelated(self) -> list[str]:
+    def _write_unrelated(self, number: int) -> list[str]:
         """What the unedited model writes in place of texts that nobody gave."""
         with self.disabled():
-            return write_texts(self.model, self.encoder, self.config.seed)
+            return write_texts(self.model, self.encoder, number, self.config.seed)
 
     # -- using the edited model ------------------------------------------------------------------------------------
 

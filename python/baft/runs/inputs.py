@@ -38,7 +38,7 @@ class Assignment:
 
     Attributes:
         requests: to be edited, in this order.
-        unrelated: what training looks at, to leave alone; None lets the model write it.
+        unrelated: what training looks at, to leave alone, as far as there is any; None for nothing.
         held_out: what no training looks at, for general ability.
     """
 
@@ -88,8 +88,9 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
 
     The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
     records that aren't edited, each with its old answer, less every prompt that an edited record is measured with.
-    Held-out texts are what other such records say. Of a file of which only a stretch is named, all records of the rest
-    are such records. A FactWorld has people set apart for each, and strangers.
+    Held-out texts are what other such records say: prompts alone where none has an old answer. Of a file of which only
+    a stretch is named, all records of the rest are such records. A FactWorld has people set apart for each, and
+    strangers.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.
@@ -110,7 +111,9 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         # stretch of a file knows nothing of the others; and of few records not all.
         draw.shuffle(others)
         rest = others + rest
-        unasked = [r for r in rest if old_answers(r) and r.prompt not in measured]
+        unasked = [r for r in rest if r.prompt not in measured]
+        # A prompt says less of a model than what follows it, but a data set may know no more.
+        unasked = [r for r in unasked if old_answers(r)] or unasked
         apart = unasked[-min(_HELD_OUT, len(unasked) // 2) :] if len(unasked) > 1 else []
         held_out = [_sentence(request.prompt, old_answers(request)) for request in apart]
         measured |= {request.prompt for request in apart}

@@ -16,6 +16,7 @@ from baft.runs.environment import peak_memory_bytes, versions
 from baft.runs.journal import Journal
 from baft.runs.records import curve_as_json
 from baft.runs.retention import sample
+from baft.trained import TrainedEditor
 from baft_kernels.backends import resolve_backend
 
 __all__ = ["describe", "results", "results_so_far"]
@@ -28,13 +29,23 @@ def describe(context: RunContext, mode: str) -> dict[str, Any]:
     """What can be said of a run before its first edit."""
     editor = context.editor
     return {
-        "protocol": {**context.evaluator.protocol, "mode": mode},
+        "protocol": {**context.evaluator.protocol, "mode": mode, **_texts(context)},
         "config": editor.config.model_dump(mode="json") | {"layers": list(editor.layers)},
         "versions": versions(),
         "backend": resolve_backend(editor.config.backend),
         "seed": editor.config.seed,
         "requests": len(context.requests),
         "conflicts": context.conflicts,
+    }
+
+
+def _texts(context: RunContext) -> dict[str, Any]:
+    """How many texts there are beside the requests."""
+    editor = context.editor
+    unrelated = editor.unrelated_texts if isinstance(editor, TrainedEditor) else None
+    return {
+        "unrelated_texts": dict(zip(("given", "self_written"), unrelated, strict=True)) if unrelated else None,
+        "held_out_texts": len(context.retention.held_out),
     }
 
 

@@ -114,7 +114,9 @@ def run_edits(
 def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description: dict[str, Any] | None) -> RunReport:
     journal, editor = context.journal, context.editor
     journal.begin_session(len(journal.positions()))
-    journal.describe({**(description or {}), **describe(context, mode)})
+    known = describe(context, mode)
+    journal.describe({**(description or {}), **known})
+    context.watcher.say(_texts_in_words(known["protocol"]))
     for conflict in context.conflicts[:_NAMED]:
         context.say(in_words(conflict))
     more = len(context.conflicts) - _NAMED
@@ -152,6 +154,17 @@ def _measure(context: RunContext) -> None:
         measured = context.evaluator.measure(context.at(group))
         context.journal.add_measures("final", dict(zip(group, measured, strict=True)))
         context.watcher.advance(units=len(group))
+
+
+def _texts_in_words(protocol: dict[str, Any]) -> str:
+    unrelated, held_out = protocol["unrelated_texts"], protocol["held_out_texts"]
+    left_alone = (
+        f"{unrelated['given']} unrelated texts are given, and {unrelated['self_written']} the model's own; "
+        if unrelated
+        else ""
+    )
+    general = "perplexity is measured on them" if held_out else "perplexity isn't measured"
+    return f"{left_alone}{held_out} texts are held out: {general}"
 
 
 def open_context(

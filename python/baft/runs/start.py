@@ -22,6 +22,7 @@ from baft.runs.identity import identify
 from baft.runs.inputs import load_assignment, load_held_out, load_model
 from baft.runs.run import RunPlan
 from baft.testbed.training import OnProgress
+from baft.trained import TrainedEditor
 from baft_kernels.backends import resolve_backend
 
 __all__ = ["RunWords", "StartedRun", "start"]
@@ -105,6 +106,8 @@ def start(
     asked = METHODS[words.method].options is EngineOptions or said
     options = EngineOptions(slots=words.slots, memory=memory, world=world) if asked else None
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
+    if isinstance(editor, TrainedEditor):
+        editor.fill_unrelated(assignment.requests)
     if isinstance(editor, LooksAhead):
         editor.check(assignment.requests)  # and not when their turn comes, some day
     answer_tokens = words.answer_tokens or tokens_needed(editor.encoder, assignment.requests)
