@@ -18,7 +18,7 @@ import pytest
 import test_grouped
 import torch
 from op_calls import Call, draw_call
-from tolerance import assert_accurate, outputs_and_gradients
+from tolerance import assert_accurate, assert_within_rule, outputs_and_gradients, plain_torch
 from torch import Tensor
 
 from baft_kernels import (
@@ -35,7 +35,7 @@ from baft_kernels import (
     retract_all_,
 )
 from baft_kernels.backends import FUSED, cuda, resolve_backend
-from baft_kernels.reference import GATE_FNS
+from baft_kernels.reference import GATE_FNS, baft_reference
 
 if shutil.which("g++") is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -124,16 +124,17 @@ def test_it_is_accurate(d: int, r: int, dtype: torch.dtype, gate_fn: str) -> Non
 @pytest.mark.parametrize("gate_fn", GATE_FNS)
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_set_for_each_sequence(gate_fn: str, listed: bool) -> None:
-    call = test_grouped.draw((3, 20), 256, 12, 3, gate_fn=gate_fn, dtype=torch.bfloat16)
+    positions = torch.tensor([3, 17, 0])
+    rows = torch.zeros(3, 20, dtype=torch.bool).index_fill(1, positions, True) if listed else None
+    call = test_grouped.draw((3, 20), 256, 12, 3, gate_fn=gate_fn, dtype=torch.bfloat16, rows=rows)
     ids = torch.tensor([2, 0, 2])
-    positions = torch.tensor([3, 17, 0]) if listed else None
-    found = [
-        test_grouped.with_gradients(call, lambda c, b=b: test_grouped.grouped(c, ids, b, positions=positions))
-        for b in ("cuda", "reference")
-    ]
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=2e-2, atol=4e-2)
-    assert not any(bool(found[0][f"gradient of {name}"][1].any()) for name in ("basis", "source", "source_bias"))
+    given = {"positions": positions} if listed else {}
+    actual = test_grouped.with_gradients(call, lambda c: test_grouped.grouped(c, ids, "cuda", **given))
+    plain = test_grouped.with_gradients(call, lambda c: test_grouped.by_sequence(c, ids, plain_torch))
+    exact = test_grouped.with_gradients(call.double(), lambda c: test_grouped.by_sequence(c, ids, baft_reference))
+    for name in exact:
+        assert_within_rule(name, actual[name], plain[name], exact[name])
+    assert not any(bool(actual[f"gradient of {name}"][1].any()) for name in ("basis", "source", "source_bias"))
 
 
 # -- rows and layouts --
@@ -141,14 +142,14 @@ def test_a_set_for_each_sequence(gate_fn: str, listed: bool) -> None:
 
 @every_choice
 def test_positions(positions: Tensor | None) -> None:
-    call = draw_call((2, 5), 256, 12, dtype=torch.bfloat16)._replace(rows=positions)
-    actual = outputs_and_gradients(on_cuda, call)
-    expected = outputs_and_gradients(lambda *given: on_cuda(*given, backend="reference"), call)
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
-    if positions is not None:
-        others = ~POSITIONS["mask"]
-        assert torch.equal(actual["out"][others], call.h[others])
+    chosen = None if positions is None else POSITIONS["mask"]
+    call = draw_call((2, 5), 256, 12, dtype=torch.bfloat16, rows=chosen)
+    actual = outputs_and_gradients(on_cuda, call._replace(rows=positions))
+    plain, exact = outputs_and_gradients(plain_torch, call), outputs_and_gradients(baft_reference, call.double())
+    for name in exact:
+        assert_within_rule(name, actual[name], plain[name], exact[name])
+    if chosen is not None:
+        assert torch.equal(actual["out"][~chosen], call.h[~chosen])
 
 
 @every_choice
