@@ -231,19 +231,29 @@ def test_garbage_may_be_collected_while_packs_are_renewed() -> None:
         def __init__(self) -> None:
             self.itself, self.parameters = self, parameters()
 
-    pack, kept = Counter(), [parameters() for _ in range(300)]
+    pack, fill, kept = Counter(), Filler(), [parameters() for _ in range(300)]
     for given in kept:
-        packed(pack, given, torch.float32)
+        packed(pack, given, torch.float32, fill)
+    left: list[int] = []  # packs that there are after each collection
+
+    def count(phase: str, _: dict[str, int]) -> None:
+        if phase == "stop":
+            left.append(len(packing._entries))
+
     threshold = gc.get_threshold()
+    gc.collect()
+    gc.callbacks.append(count)
     try:
-        for _ in range(10):
-            gc.collect()
-            gc.set_threshold(100_000)
-            packed(pack, Cycle().parameters, torch.float32)
-            gc.set_threshold(gc.get_count()[0] + 50)  # so that it comes while 300 packs are looked through
-            repack([kept[0].basis])
+        gc.set_threshold(100_000)
+        packed(pack, Cycle().parameters, torch.float32, fill)
+        before = len(packing._entries)
+        bases = [given.basis for given in kept]
+        gc.set_threshold(gc.get_count()[0] + len(bases) + 50)  # so that it comes while 300 packs are looked through
+        repack(bases)
     finally:
         gc.set_threshold(*threshold)
+        gc.callbacks.remove(count)
+    assert left and left[0] == before - 1
 
 
 def test_inference_tensors_have_no_versions_and_are_packed_each_time() -> None:

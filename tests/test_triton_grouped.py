@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from test_triton_forward import LAUNCHES, every_gate, every_launch
 from torch import Tensor
 from triton_here import DEVICE, backend, poisoned
 
-from baft_kernels.backends.triton.launch import RowsLaunch
+from baft_kernels.backends.triton.launch import RowsLaunch, columns_launch, rows_launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 # Set 1 is used by nobody.
@@ -102,11 +103,21 @@ def test_with_a_mask(launch: RowsLaunch) -> None:
         torch.testing.assert_close(actual, wanted)
 
 
-def test_other_adapters_are_not_known_to_the_launch() -> None:
+def test_other_adapters_are_not_known_to_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     # What a captured graph relies on: shapes alone decide.
+    known: list[tuple[Any, ...]] = []
+
+    def note(choose: Any, *shapes: Any) -> Any:
+        known.append((choose, *shapes))
+        return choose(*shapes)
+
+    for kernels, choose in (("forward", rows_launch), ("backward", rows_launch), ("backward", columns_launch)):
+        place = f"baft_kernels.backends.triton.kernels.{kernels}.{choose.__name__}"
+        monkeypatch.setattr(place, partial(note, choose))
     call = grouped_call()
     for adapters in (ADAPTERS, [1, 1, 1, 1]):
         run(call, incoming_for(call), call.h, call[1:6], adapters=torch.tensor(adapters, device=DEVICE))
+    assert len(known) == 6 and known[:3] == known[3:]
 
 
 def test_lists_and_uneven_batches_are_refused() -> None:
