@@ -12,6 +12,8 @@ from torch import Tensor
 
 from baft import EditRequest
 from baft.editing import Editor
+from baft.engine.continuations import Asked, Continuations
+from baft.engine.encoding import Tokens
 from baft.engine.step import Lesson, StepInputs, TrainingStep
 
 
@@ -35,6 +37,19 @@ def assert_same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tenso
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
+
+
+def texts_written_together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each time from now on that the unedited model writes texts, how many it was asked for."""
+    asked: list[int] = []
+    written = Continuations._written
+
+    def count(self: Continuations, missing: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
+        asked.append(len(missing))
+        return written(self, missing)
+
+    monkeypatch.setattr(Continuations, "_written", count)
+    return asked
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class Call(NamedTuple):
         }
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def draw_call(
     lead: Sequence[int],
     d: int,
@@ -59,7 +63,7 @@ def draw_call(
 
     ``source_distance`` is |A - R| / |R|: small early in training, when p comes from the difference of close matrices.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*shape: int) -> Tensor:
@@ -95,6 +99,6 @@ def draws(rows: int, d: int, r: int, *, some: bool = False, work: int = 1 << 22,
     calls = []
     size = max(rows, 1) * r * d
     for seed in range(max(2, min(96, work // size))):
-        mask = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7 if some else None
+        mask = torch.rand(rows, generator=seeded(seed)) < 0.7 if some else None
         calls.append(draw_call((rows,), d, r, rows=mask, seed=seed, **options))
     return calls

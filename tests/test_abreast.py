@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from looks import assert_same_state
 from tiny import REQUESTS, UNRELATED, poison, tiny_editor, tiny_model, tiny_tokenizer
 from tiny import one_thread as one_thread
 from torch import Tensor
@@ -61,11 +62,6 @@ def assert_close(actual: EditOutcome, expected: EditOutcome) -> None:
     for name, value in second.items():
         largest = float(value.abs().max()) if value.numel() else 0.0
         torch.testing.assert_close(first[name], value, rtol=ROUNDING, atol=ROUNDING * largest)
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def test_one_at_a_time_no_bit_depends_on_the_others_or_their_order() -> None:
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0]):
         for k, outcome in zip(order, edited(editor_with(1, **SHORT), [REQUESTS[k] for k in order]), strict=True):
             assert outcome.curve.losses == alone[k].curve.losses
-            assert_same_bits(state_of(outcome), state_of(alone[k]))
+            assert_same_state(state_of(outcome), state_of(alone[k]))
 
 
 def test_each_is_drawn_the_same_texts_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +175,7 @@ def test_the_editor_stays_where_it_was_bit_for_bit() -> None:
     editor.edit(REQUESTS[:1])
     before, edits = editor.state(), list(editor.edits)
     outcomes = edited(editor, REQUESTS[1:])
-    assert_same_bits(editor.state(), before)
+    assert_same_state(editor.state(), before)
     assert editor.edits == edits
     assert not any(torch.equal(state_of(o)["layers.1.source"], before["layers.1.source"]) for o in outcomes)
     assert all(parameter.grad is None for parameter in editor.interventions.parameters())
@@ -192,7 +188,7 @@ def test_edits_that_are_given_up_half_way_leave_the_editor_usable() -> None:
     started.close()
     editor.edit(REQUESTS[:2])
     other.edit(REQUESTS[:2])
-    assert_same_bits(editor.state(), other.state())
+    assert_same_state(editor.state(), other.state())
 
 
 # -- slots --
@@ -313,7 +309,7 @@ def test_where_not_one_edit_fits_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         pytest.raises(torch.OutOfMemoryError, match="a single edit needs more memory than there is"),
     ):
         edited(editor, REQUESTS)
-    assert_same_bits(editor.parameters(), {name: editor.state()[name] for name in before})
+    assert_same_state(editor.parameters(), {name: editor.state()[name] for name in before})
 
 
 def test_what_was_edited_abreast_before_does_not_matter() -> None:
@@ -323,7 +319,7 @@ def test_what_was_edited_abreast_before_does_not_matter() -> None:
     edited(used, REQUESTS)
     for outcome, other in zip(used.edit(REQUESTS), fresh.edit(REQUESTS), strict=True):
         assert outcome.curve.losses == other.curve.losses
-    assert_same_bits(used.state(), fresh.state())
+    assert_same_state(used.state(), fresh.state())
 
 
 # -- requests that fail --
@@ -367,7 +363,7 @@ def test_what_its_last_step_undoes_is_stopped_too(parameter: str, monkeypatch: p
         if actual.curve.diverged:
             assert not actual.curve.converged and math.isfinite(actual.curve.losses[-1])
         else:
-            assert_same_bits(state_of(actual), state_of(other))
+            assert_same_state(state_of(actual), state_of(other))
 
 
 def test_a_request_that_was_stopped_is_measured_with_the_others() -> None:
@@ -459,7 +455,7 @@ def test_too_long_a_request_is_refused_before_any_is_trained(bad: EditRequest, m
     with taught(editor, monkeypatch) as steps, pytest.raises(ValueError, match=r"^prompt: expected at most 64 tokens"):
         next(editor.edit_each([*REQUESTS[:3], bad]))
     assert steps == []
-    assert_same_bits(editor.state(), before)
+    assert_same_state(editor.state(), before)
 
 
 def test_no_requests_are_no_work() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from looks import texts_written_together
 from tiny import FAMILIES, REQUESTS, moved_from_identity, tiny_editor, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -133,14 +134,7 @@ def test_edits_have_their_texts_written_together(slots: int | None, monkeypatch:
     changes = {"subject_texts": 6, "max_steps": 1, "stop_below": 0.0, "batch_passes": 1}
     editor = tiny_editor(options=EngineOptions(slots=slots), **changes)
     editor._begin()
-    asked: list[int] = []
-    written = Continuations._written
-
-    def count(self: Continuations, missing: list[Asked]) -> dict[Asked, list[tuple[int, ...]]]:
-        asked.append(len(missing))
-        return written(self, missing)
-
-    monkeypatch.setattr(Continuations, "_written", count)
+    asked = texts_written_together(monkeypatch)
     list(editor.edit_each(REQUESTS))
     subjects = len({request.subject for request in REQUESTS})
     if slots == 1:

@@ -6,14 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from op_calls import seeded
 
 from baft.engine import draws
 from baft.engine.draws import Reservoir, Stretch, Walk, draw_indices
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
 
 # -- indices --
 

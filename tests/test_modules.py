@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_backend import FakeBackend
+from op_calls import seeded
 from torch import nn
 
 from baft_kernels import BaftIntervention, baft, orthonormality_error
@@ -15,10 +16,6 @@ from baft_kernels.backends import FUSED
 from baft_kernels.reference import GATE_FNS
 
 GATED = ("sigmoid", "softmax")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def hidden(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from looks import texts_written_together
 from small_runs import ASKED, Listener, run_in, small_editor
 from tiny import one_thread, tiny_model  # noqa: F401  # a fixture
 
@@ -106,14 +107,7 @@ def test_other_modes_go_on_too(mode: Any, tmp_path: Path) -> None:
 
 
 def test_texts_about_the_next_subjects_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    written = Continuations._written
-
-    def count(self: Continuations, missing: Sequence[Asked]) -> dict[Asked, list[Tokens]]:
-        asked.append(len(missing))
-        return written(self, missing)
-
-    monkeypatch.setattr(Continuations, "_written", count)
+    asked = texts_written_together(monkeypatch)
     monkeypatch.setattr(sequential_run, "_ASKED_AHEAD", 4)
     run_in(tmp_path, max_steps=1, settling_rounds=0)
     subjects = [request.subject for request in ASKED]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from looks import assert_same_state
 from tiny import one_thread as one_thread
 from tiny import random_interventions
 from torch import Tensor
@@ -93,11 +94,6 @@ class Alone:
         self.optimizer.step()
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
 # -- the update --
 
 
@@ -137,7 +133,7 @@ def test_each_set_is_updated_bit_for_bit_as_by_torchs_fused_adamw(changes: dict[
             for name, parameter in other.named.items()
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
-        assert_same(sets.state(k), {**{name: p.detach() for name, p in other.named.items()}, **moments})
+        assert_same_state(sets.state(k), {**{name: p.detach() for name, p in other.named.items()}, **moments})
         assert all(orthonormality_error(i.basis) <= 1e-6 for i in other.interventions.values())
 
 
@@ -151,7 +147,7 @@ def test_a_single_set_is_updated_alike_grouped_or_not() -> None:
             leaf.grad = gradients[name].clone()
         update(grouped, [0])
         update(single, [0])
-    assert_same(grouped.state(), single.state())
+    assert_same_state(grouped.state(), single.state())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -168,7 +164,7 @@ def test_a_gradient_that_is_no_number_moves_no_other_set(bad: float, updated: li
                     leaf.grad[1].fill_(bad)
             update(one, updated if one is sets else chosen)
     for k in (0, 2):
-        assert_same(sets.state(k), healthy.state(k))
+        assert_same_state(sets.state(k), healthy.state(k))
         assert int(sets.state(k)["optimizer.layers.0.basis.step"]) == 2
 
 
@@ -178,7 +174,7 @@ def test_sets_that_are_not_updated_keep_their_bits() -> None:
     draw(sets, range(COUNT), torch.Generator().manual_seed(0))
     update(sets, [1])
     for k in (0, 2):
-        assert_same(sets.state(k), before[k])
+        assert_same_state(sets.state(k), before[k])
     changed = [name for name, value in sets.state(1).items() if not torch.equal(value, before[1][name])]
     assert changed == list(before[1])
 
@@ -231,13 +227,13 @@ def test_a_state_goes_from_one_set_to_another() -> None:
     state, untouched = sets.state(2), other.state(0)
     assert [key for key in state if key.startswith("optimizer.")] == list(sets.moments(2))
     other.load(state, 1)
-    assert_same(other.state(1), state)
-    assert_same(other.state(0), untouched)
+    assert_same_state(other.state(1), state)
+    assert_same_state(other.state(0), untouched)
     # And goes on there as it would have here.
     for one, k in ((sets, 2), (other, 1)):
         draw(one, [k], torch.Generator().manual_seed(1))
         update(one, [k])
-    assert_same(other.state(1), sets.state(2))
+    assert_same_state(other.state(1), sets.state(2))
 
 
 def test_a_state_is_a_copy() -> None:
@@ -245,7 +241,7 @@ def test_a_state_is_a_copy() -> None:
     state, kept = sets.state(1), copy.deepcopy(sets.state(1))
     draw(sets, [1], torch.Generator().manual_seed(0))
     update(sets, [1])
-    assert_same(state, kept)
+    assert_same_state(state, kept)
 
 
 def test_moments_that_a_state_lacks_start_at_0() -> None:
@@ -254,7 +250,7 @@ def test_moments_that_a_state_lacks_start_at_0() -> None:
     draw(sets, range(COUNT), torch.Generator().manual_seed(0))
     update(sets, [0, 1, 2])
     sets.load(start, 1)
-    assert_same(sets.parameters(1), start)
+    assert_same_state(sets.parameters(1), start)
     assert not any(moment.any() for moment in sets.moments(1).values())
     assert all(moment.any() for moment in sets.moments(0).values())
 

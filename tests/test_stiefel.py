@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from op_calls import seeded
 from torch import Tensor, nn
 
 from baft_kernels import (
@@ -20,10 +21,6 @@ from baft_kernels.stiefel import NEAR, orthogonal_rows, retract_near_
 
 # Of a float32 basis. Its entries' own rounding leaves about 1e-7.
 TOLERANCE = 5e-7
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
