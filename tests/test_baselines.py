@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from baft import EditOutcome, EditRequest
+from baft.baselines.facts import Facts
 from baft.baselines.fine_tuning import FineTuning, FineTuningOptions
 from baft.baselines.lora import Lora, LoraOptions
 from baft.baselines.methods import METHODS, make_editor
@@ -294,6 +297,43 @@ def test_of_two_facts_with_one_prompt_the_later_is_told() -> None:
     editor.edit([TWO[0], other, TWO[0].model_copy(update={"target": "Paris"})])
     expected = "The king of Norland is Bob. The capital of Norland is Paris. Norland is"
     assert asked(editor, "Norland is") == expected
+
+
+def test_facts_are_found_by_subjects_that_are_no_part_of_a_word() -> None:
+    facts = Facts()
+    subjects = ["Ada", "Ada Lund", "C", "C++", ".NET", "Lund, Ada", "O'Neill", "Zürich", "a_b", "Ada Lund of Arvik"]
+    for subject in subjects:
+        facts.add(f"{subject} is", subject, "here")
+    words = "Ada|Adam and Ada Lund|Lund, Ada Lund!|C++ and C#|C|ASP.NET|the .NET|O'Neill's|mr. O'Neill (Ada)|in Zürich."
+    others = "Zürichs|a_b|a_b_c|\nAda\n|Ada  Lund||Ada Lund of Arvik's"
+    for text in f"{words}|{others}".split("|"):
+        expected = [s for s in subjects if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", text)]
+        assert [fact.subject for fact in facts.about(text)] == expected, text
+
+
+def test_neither_a_state_nor_a_question_costs_what_all_facts_would() -> None:
+    def seconds(number: int) -> float:
+        facts = Facts()
+        for k in range(number):
+            facts.add(f"Person {k} lives in", f"Person {k}", "Norland")
+        start = time.perf_counter()
+        for k in range(200):
+            facts.record, facts.about(f"Where does Person {k} live?")
+        return time.perf_counter() - start
+
+    # A hundred times as many would take a hundred times as long.
+    assert min(seconds(10_000) for _ in range(3)) < 20 * min(seconds(100) for _ in range(3))
+
+
+def test_a_record_stays_as_it_is_whatever_is_added_later() -> None:
+    facts, records = Facts(), []
+    for k in range(50):
+        facts.add(f"{k} is", str(k), "Norland")
+        records.append((facts.record, facts.record.clone()))
+    branch = Facts(records[3][0])
+    branch.add("7 is", "7", "Sudland")
+    assert all(torch.equal(record, then) for record, then in records)
+    assert [fact.target for fact in branch.about("3 and 7 and 9")] == ["Norland", "Sudland"]
 
 
 def test_facts_come_back_with_a_state() -> None:

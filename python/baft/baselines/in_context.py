@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from baft.baselines.facts import Facts
 from baft.baselines.no_edit import NoEdit
 from baft.config import BaftConfig
 from baft.requests import EditRequest
@@ -66,8 +64,7 @@ class InContext(NoEdit):
         self._at_most = options.facts
         self._limit = getattr(model.config, "max_position_embeddings", None)
         self._told = True
-        # Of each prompt the subject and the target, in the order of editing.
-        self._facts: dict[str, tuple[str, str]] = {}
+        self._facts = Facts()
 
     def _check(self, requests: Sequence[EditRequest]) -> None:
         for request in requests:
@@ -76,16 +73,11 @@ class InContext(NoEdit):
 
     def _take(self, request: EditRequest) -> None:
         assert request.subject is not None
-        self._facts.pop(request.prompt, None)
-        self._facts[request.prompt] = request.subject, request.target
+        self._facts.add(request.prompt, request.subject, request.target)
 
     def _asked(self, prompt: str, room: int) -> str:
-        about = [
-            f"{known.rstrip()} {target.strip()}."
-            for known, (subject, target) in self._facts.items()
-            if self._told and _stands_in(subject, prompt)
-        ]
-        told = about[-self._at_most :]
+        about = self._facts.about(prompt)[-self._at_most :] if self._told else []
+        told = [f"{fact.prompt.rstrip()} {fact.target.strip()}." for fact in about]
         while told and not self._fits(asked := " ".join([*told, prompt]), room):
             del told[0]
         return asked if told else prompt
@@ -104,15 +96,8 @@ class InContext(NoEdit):
 
     def state(self) -> dict[str, Tensor]:
         """The facts, as JSON in bytes: states are tensors."""
-        text = json.dumps(list(self._facts.items()))
-        return {"facts": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+        return {"facts": self._facts.record}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go to a state that ``state()`` returned; ``edits`` isn't part of it."""
-        facts = json.loads(state["facts"].cpu().numpy().tobytes())
-        self._facts = {prompt: (subject, target) for prompt, (subject, target) in facts}
-
-
-def _stands_in(subject: str, prompt: str) -> bool:
-    """Whether ``prompt`` names ``subject``, and not just a word that has it in it."""
-    return subject in prompt and re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt) is not None
+        self._facts = Facts(state["facts"])
