@@ -241,8 +241,10 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
             "run", "--resume", "--out", again, "--seed", 3, "--config", file, "--edits", 4, "--mode", "sequential"
         )
         assert done.returncode == 0, done.stderr
-    done = baft("run", "--resume", "--out", tmp_path / "none")
-    assert done.returncode == 2 and "run.json" in done.stderr
+    for command in (("run", "--resume", "--out"), ("edits", "rollback"), ("edits", "drop")):
+        done = baft(*command, tmp_path / "none", *((5,) if command[0] == "edits" else ()))
+        assert done.returncode == 2 and "run.json" in done.stderr
+        assert not (tmp_path / "none").exists()  # nobody asked for a folder
     done = baft("run", "--out", out, "--model", "m", "--dataset", "d", "--mode", "batch")
     assert done.returncode == 2 and "--resume" in done.stderr
     done = baft("run", "--out", tmp_path / "new", "--mode", "batch")

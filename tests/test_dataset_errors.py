@@ -142,6 +142,15 @@ RECORD_ERRORS = {
         {"prompt": "Ann is", "target": "tall", "target_aliases": [{"str": "long"}]},
         'EditRequest.target_aliases: Value error, expected a text, a number, or lists of them, got [{"str": "long"}]',
     ),
+    "own, with probes of a wrong type": (
+        {"prompt": "Ann is", "target": "tall", "locality": 5},
+        "EditRequest.locality: Value error, expected a prompt, a probe, or a list of them as 'default', got 5",
+    ),
+    "own, with a misspelt probe": (
+        {"prompt": "Ann is", "target": "tall", "portability": {"hop": {"promt": "Bea is"}}},
+        "EditRequest.portability: Value error, expected a prompt, a probe, or a list of them as 'hop',"
+        ' got {"hop": {"promt": "Bea is"}}',
+    ),
     "several prompts": (ZSRE | {"src": ["A", "B"]}, 'field \'src\': expected one text, got ["A", "B"]'),
     "target of a wrong type": (ZSRE | {"alt": {"str": "B"}}, 'field \'alt\': expected text, got {"str": "B"}'),
     "alias of a wrong type": (

@@ -162,7 +162,7 @@ def test_a_measure_without_data_is_none() -> None:
 
 
 def test_a_locality_probe_without_an_answer_has_no_forced_measure() -> None:
-    request = EditRequest(prompt="p", target="t", locality=["Once upon a time"])
+    request = EditRequest(prompt="p", target="t", locality=["Once upon a time"], portability={"hop": None})
     locality = _metrics({"Once upon a time": "there was"}, [request])["locality"]
     assert (locality["generation"], locality["token"], locality["sequence"]) == (1.0, None, None)
 

@@ -172,12 +172,28 @@ def test_what_a_quantised_model_is_told_apart_by(quantised: PreTrainedModel) -> 
 
 
 def test_bad_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="quantise: expected one of bnb-4bit, bnb-8bit, torchao-int8, got 'gptq'"):
+    with pytest.raises(ValueError, match=r"^quantise: expected one of bnb-4bit, bnb-8bit, torchao-int8, got 'gptq'"):
         load_model(str(folder), quantise="gptq")
     with pytest.raises(ValueError, match="tensor_parallel: expected several processes, started by torchrun, got one"):
         load_model(str(folder), tensor_parallel=True)
     with pytest.raises(ValueError, match="tensor_parallel: expected no device_map and no quantise beside it"):
         load_model(str(folder), tensor_parallel=True, device_map="auto")
     monkeypatch.setattr("baft.runs.placed.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"accelerate to be installed: pip install 'baft-kernels\[large\]'"):
+    with pytest.raises(ValueError, match=r"^device_map: .*accelerate to be installed: .*'baft-kernels\[large\]'"):
         load_model(str(folder), device_map="auto")
+
+
+def test_a_model_whose_file_is_cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^model: expected a folder, .*, got '{folder}' \(.*not fully covered"):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_whose_library_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str) -> None:
+        raise ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found.\nInstall it")
+
+    monkeypatch.setattr("baft.runs.inputs.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(ValueError, match=rf"^model: .*, got '{folder}' \(LlamaTokenizer requires .* not found\.\)$"):
+        load_model(str(folder))

@@ -69,7 +69,9 @@ def _as_probe_groups(value: Any) -> Any:
     for kind, probes in value.items():
         if isinstance(probes, str | Probe) or (isinstance(probes, Mapping) and "prompt" in probes):
             probes = [probes]
-        groups[kind] = tuple(_as_probe(probe) for probe in probes)
+        if not isinstance(probes, Iterable | None) or isinstance(probes, Mapping):
+            raise ValueError(f"expected a prompt, a probe, or a list of them as {kind!r}")  # pydantic adds what it got
+        groups[kind] = tuple(_as_probe(probe) for probe in probes or ())
     return {kind: probes for kind, probes in groups.items() if probes}
 
 

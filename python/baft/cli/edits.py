@@ -103,7 +103,7 @@ def _sequential_run(folder: Path) -> Iterator[tuple[RunFolder, RunWords]]:
     from baft.runs.folder import RunFolder
     from baft.runs.start import RunWords
 
-    with RunFolder(folder) as place:
+    with RunFolder(folder, begun=True) as place:
         words = RunWords(**place.started_with())
         if words.mode != "sequential":
             raise ValueError(

@@ -138,7 +138,7 @@ def run(
             log=log,
         )
 
-    with launched() as world, RunFolder(out) if world.writes else nullcontext() as folder:
+    with launched() as world, RunFolder(out, begun=resume) if world.writes else nullcontext() as folder:
         words = world.first_ones(None if folder is None else chosen(folder))
         assert words is not None
         _run(words, folder, log or words.log, as_json, replace(world, one_model=words.tensor_parallel))

@@ -36,13 +36,16 @@ class RunFolder:
 
     Args:
         path: the folder.
+        begun: expect a run in it, and make none.
 
     Raises:
         ValueError: if the folder holds something that is no run, can't be made, or if another process is at it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, begun: bool = False) -> None:
         self.path = Path(path)
+        if begun:
+            self._read_identity()
         if self.path.exists() and not (self.path.is_dir() and (self.begun or self._is_empty())):
             raise ValueError(f"out: expected a new or empty folder, got {self.path}, which is in use")
         try:
@@ -142,7 +145,7 @@ class RunFolder:
     def _read_identity(self) -> dict[str, Any]:
         try:
             content: dict[str, Any] = json.loads(self.identity_file.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.path}: expected a run's folder, found no {self.identity_file.name} in it"
             ) from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.config import BaftConfig
@@ -68,19 +69,27 @@ def load_model(
         ValueError: if it can't be loaded, or something for it isn't installed.
     """
     source = str(factworld_folder(WORLDS[name](), RECIPES[name], on_progress=on_training)) if name in WORLDS else name
-    try:
+    with _blaming(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        with without_progress_bars() if name in WORLDS else nullcontext():
-            options = placement(AutoConfig.from_pretrained(source), device_map, tensor_parallel, quantise)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source)
+    options = placement(config, device_map, tensor_parallel, quantise)
+    with _blaming(name), without_progress_bars() if name in WORLDS else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+    if not options:
+        model.to(default_device())  # type: ignore[arg-type]  # transformers' decorator hides its signature
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Name the model in what goes wrong with its files, or for want of a library that they need."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model: expected a folder, a Hugging Face name or one of {', '.join(WORLDS)}, got {name!r} ({reason})"
         ) from error
-    if not options:
-        model.to(default_device())  # type: ignore[arg-type]  # transformers' decorator hides its signature
-    return model.eval(), tokenizer
 
 
 def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
