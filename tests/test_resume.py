@@ -422,6 +422,21 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
         run_in(tmp_path, plan=dataclasses.replace(PLAN, held_out=PLAN.held_out[:1]))
 
 
+def test_another_code_is_refused_with_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pull, say, in a checkout that the packages run from."""
+    for commit, way_back in (("3fa2c", "; its code was that of commit 3fa2c: check that out"), (None, "")):
+        folder = tmp_path / str(commit)
+        with monkeypatch.context() as patched, pytest.raises(Broken):
+            patched.setattr("baft.runs.folder.commit_of", lambda _, commit=commit: commit)
+            run_in(folder, listener=break_off_after(1))
+        with monkeypatch.context() as patched:
+            patched.setattr("baft.runs.identity.hash_of_code", lambda: "9bc")
+            with pytest.raises(ValueError, match=rf'code was "\w+" and is "9bc"{way_back}$'):
+                run_in(folder)
+        with pytest.raises(ValueError, match=r"learning_rate was 0\.06 and is 0\.05$"):
+            run_in(folder, learning_rate=0.05)
+
+
 def test_other_weights_and_another_tokenizer_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sqlite3
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -25,6 +27,7 @@ from baft.runs import retention
 from baft.runs import sequential as sequential_run
 from baft.runs.checkpoints import Checkpoints, kept
 from baft.runs.conflicts import can_hold, conflicts
+from baft.runs.environment import commit_of
 from baft.runs.folder import RunFolder
 from baft.runs.identity import differences, hash_of_model
 from baft.runs.journal import Journal
@@ -513,6 +516,30 @@ def test_differences_name_what_differs() -> None:
     now = {"mode": "batch", "config": {"rank": 8, "layers": None}, "code": "abd"}
     assert differences(before, now) == ["config.rank was 4 and is 8", 'code was "abc" and is "abd"']
     assert differences(before, before) == []
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_code_is_that_of_its_own_checkout(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "code.py").write_text("x = 1\n")
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=Ann", "-c", "user.email=ann@example.org", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert commit_of(package) is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "something else")
+    assert commit_of(package) is None  # as an environment in a project's folder
+    git("add", ".")
+    git("commit", "-m", "code")
+    commit = git("rev-parse", "HEAD").strip()
+    assert commit_of(package) == commit
+    (package / "code.py").write_text("x = 2\n")
+    assert commit_of(package) == f"{commit}-dirty"
 
 
 def test_a_model_is_known_by_its_weights() -> None:

@@ -1,6 +1,6 @@
 """A run's folder: what lies where, and that one process at a time writes to it.
 
-run.json          what the run is, and the words it was started with
+run.json          what the run is, the words it was started with, and the commit of its code where that is known
 journal.sqlite    every request with its training and what was said (``baft.runs.journal``)
 checkpoints/      the editor's state, now and then (``baft.runs.checkpoints``)
 adapter/          the edits, to be loaded by ``BaftEditor.from_pretrained``; when the run is done
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baft.runs.checkpoints import Checkpoints
+from baft.runs.environment import commit_of
 from baft.runs.identity import differences
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
@@ -129,8 +130,14 @@ class RunFolder:
 
     def begin(self, identity: Mapping[str, Any], started_with: Mapping[str, Any]) -> None:
         """Make it the folder of a run."""
-        text = json.dumps({"format": FORMAT, "started_with": started_with, "identity": identity}, indent=2) + "\n"
-        atomic_write(self.identity_file, lambda path: path.write_text(text))
+        self._write_identity(
+            {
+                "format": FORMAT,
+                "started_with": started_with,
+                "commit": commit_of(Path(__file__).parent),
+                "identity": identity,
+            }
+        )
 
     def go_on(self, identity: Mapping[str, Any]) -> None:
         """Make sure that it is the folder of this run.
@@ -138,9 +145,18 @@ class RunFolder:
         Raises:
             ValueError: if it is another's; the message says in what they differ.
         """
-        different = differences(self._read_identity()["identity"], json.loads(json.dumps(identity)))
+        known, now = self._read_identity(), json.loads(json.dumps(identity))
+        different = differences(known["identity"], now)
         if different:
-            raise ValueError(f"{self.path} is another run, which can't be gone on with: {'; '.join(different)}")
+            commit = known.get("commit") if known["identity"].get("code") != now.get("code") else None
+            way_back = f"; its code was that of commit {commit}: check that out" if commit else ""
+            raise ValueError(
+                f"{self.path} is another run, which can't be gone on with: {'; '.join(different)}{way_back}"
+            )
+
+    def _write_identity(self, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        atomic_write(self.identity_file, lambda path: path.write_text(text))
 
     def _read_identity(self) -> dict[str, Any]:
         try:
