@@ -188,6 +188,34 @@ def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, A
     assert (again / "edits.jsonl").read_bytes() == (out / "edits.jsonl").read_bytes()
 
 
+def test_a_run_goes_on_wherever_its_files_are(
+    testbed: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started with paths from one folder, resumed in another; then with all files in other places."""
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    start.mkdir()
+    elsewhere.mkdir()
+    shutil.copytree(testbed, start / "model")
+    shutil.copy(dataset, start / "facts.json")
+    (start / "texts.txt").write_text("Arvik is in Norland.\n")
+    monkeypatch.chdir(start)
+    files = ("--model", "model", "--dataset", "facts.json[:3]", "--held-out", "texts.txt")
+    run = tmp_path / "run"
+    done = baft("run", *files, "--mode", "sequential", "--method", "none", "--out", run)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(elsewhere)
+    assert baft("run", "--resume", "--out", run).returncode == 0
+    for path in start.iterdir():
+        shutil.move(path, elsewhere / f"moved-{path.name}")
+    done = baft("run", "--resume", "--out", run)
+    assert done.returncode == 2 and str(start / "facts.json[:3]") in done.stderr
+    files = ("--model", "moved-model", "--dataset", "moved-facts.json[:3]", "--held-out", "moved-texts.txt")
+    done = baft("run", "--resume", "--out", run, *files)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert baft("edits", "rollback", run, 2, "--yes").returncode == 0  # said once is enough
+
+
 def test_how_much_is_remembered_is_passed_on(
     sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +248,6 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
         ("--method", "lora"),
         ("--backend", "reference"),
         ("--measure-every", 3),
-        ("--held-out", other),
         ("--final", 1),
         ("--slots", 2),
         ("--quantise", "bnb-4bit"),
@@ -229,6 +256,8 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
         assert done.returncode == 2, option
         assert f"{option[2:].replace('-', '_')}: the run was started with" in done.stderr
     assert baft("run", "--resume", "--out", out, "--tensor-parallel").returncode == 2
+    done = baft("run", "--resume", "--out", out, "--held-out", other)
+    assert done.returncode == 2 and "held-out texts.sha256 was" in done.stderr
     done = baft("run", "--resume", "--out", out, "--config", other)
     assert done.returncode == 2 and done.stderr.endswith("with another one: rank was 24 and is 23\n")
     other.write_text("rank: 24\nlocality_weight: 5\nseed: 4\n")

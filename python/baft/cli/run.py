@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "run"]
 
-# What a run that goes on may be told anew.
-_MAY_DIFFER = {"remember", "log"}
+# What a run that goes on may be told anew: of the first three the contents tell whether it is the same run.
+_MAY_DIFFER = {"model", "dataset", "held_out", "remember", "log"}
 
 
 def demo(
@@ -108,7 +108,8 @@ def run(
         if resume:
             words = RunWords(**folder.started_with())
             _agree(words, context)
-            return words if remember is None else words.model_copy(update={"remember": remember})
+            anew = {"model": model, "dataset": dataset, "held_out": held_out, "remember": remember}
+            return words.model_copy(update={name: value for name, value in anew.items() if value is not None}).located()
         if model is None or dataset is None or mode is None:
             raise ValueError(
                 "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)
@@ -136,7 +137,7 @@ def run(
             answer_tokens=answer_tokens,
             checkpoint_every=checkpoint_every,
             log=log,
-        )
+        ).located()
 
     with launched() as world, RunFolder(out, begun=resume) if world.writes else nullcontext() as folder:
         words = world.first_ones(None if folder is None else chosen(folder))

@@ -139,8 +139,11 @@ class RunFolder:
             }
         )
 
-    def go_on(self, identity: Mapping[str, Any]) -> None:
+    def go_on(self, identity: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
         """Make sure that it is the folder of this run.
+
+        Args:
+            said: the words that it is gone on with, to be kept in place of the earlier ones.
 
         Raises:
             ValueError: if it is another's; the message says in what they differ.
@@ -153,6 +156,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} is another run, which can't be gone on with: {'; '.join(different)}{way_back}"
             )
+        if said is not None and said != known["started_with"]:
+            self._write_identity({**known, "started_with": said})
 
     def _write_identity(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"

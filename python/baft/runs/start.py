@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from baft.baselines.methods import METHODS, make_editor
 from baft.config import BaftConfig
 from baft.datasets.factworld import WORLDS
+from baft.datasets.loading import NAMED_DATASETS
 from baft.distributed import ALONE, World
 from baft.editing import Editor, LooksAhead, Mode
 from baft.engine.options import EngineOptions
@@ -29,7 +30,10 @@ __all__ = ["RunWords", "StartedRun", "start"]
 
 
 class RunWords(BaseModel):
-    """What a person says to start a run; ``run.json`` keeps it.
+    """What a person says to start a run; ``run.json`` keeps it, with the places of files from the root.
+
+    Where the model, the data set and the held-out texts are may be said anew when the run goes on: what is in them
+    makes it the same run.
 
     Attributes:
         model, dataset: names or paths.
@@ -64,6 +68,18 @@ class RunWords(BaseModel):
     answer_tokens: int | None = None
     checkpoint_every: int | None = None
     log: str | None = None
+
+    def located(self) -> RunWords:
+        """The same, with the places of files from the root: they hold wherever the run is gone on with."""
+        is_file = self.dataset not in NAMED_DATASETS
+        is_folder = self.model not in WORLDS and Path(self.model).is_dir()  # and no Hugging Face name
+        return self.model_copy(
+            update={
+                "model": str(Path(self.model).absolute()) if is_folder else self.model,
+                "dataset": str(Path(self.dataset).absolute()) if is_file else self.dataset,
+                "held_out": None if self.held_out is None else self.held_out.absolute(),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ def start(
     if folder is None:
         pass  # another process's
     elif folder.begun:
-        folder.go_on(identity)
+        folder.go_on(identity, words.model_dump(mode="json"))
     else:
         folder.begin(identity, words.model_dump(mode="json"))
     plan = RunPlan(
