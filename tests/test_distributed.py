@@ -149,6 +149,20 @@ def gone_on_with(folder: Path, world: World, stops: Sequence[int]) -> tuple[dict
     return editor.state(), texts
 
 
+def finished_with(folder: Path, world: World) -> list[Any]:
+    """Single edits, of which the last is made by a run that goes on: one request for two processes."""
+    for count in (2, 3):
+        place = RunFolder(folder) if world.writes else None
+        if place and not place.begun:
+            place.begin({}, {})
+        editor = small_editor(options=EngineOptions(world=world, slots=1))
+        report = run_edits(editor, ASKED[:count], "single", folder=place, world=world)
+        told = [[record.request.prompt, record.curve.losses] for record in report.records()]
+        if place:
+            place.close()
+    return told
+
+
 def do_everything(rank: int, count: int, folder: Path) -> None:
     """All that is compared, in one start of the processes, as that takes seconds."""
     world = World(rank, count)
@@ -165,6 +179,7 @@ def do_everything(rank: int, count: int, folder: Path) -> None:
         state, texts = gone_on_with(folder / name, world, stops)
         save_file(state, folder / f"{name} {world.rank}.safetensors")
         (folder / f"{name} {world.rank}.json").write_text(json.dumps(texts))
+    (folder / f"finished {world.rank}.json").write_text(json.dumps(finished_with(folder / "finished", world)))
     os.environ |= {"LOCAL_RANK": str(world.rank), "RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     editor, losses = edited_in_parts(folder, world)
     weight = next(editor.model.model.layers[0].mlp.parameters())
@@ -227,6 +242,12 @@ def test_a_run_of_two_goes_on_as_if_it_had_never_stopped(folder: Path) -> None:
     texts, *others = [*both_said(folder, "at once"), *both_said(folder, "in parts")]
     assert len(texts) == 6
     assert others == [texts] * 3
+
+
+def test_single_edits_of_two_go_on_with_fewer_requests_than_processes(folder: Path, tmp_path: Path) -> None:
+    first, second = both_said(folder, "finished")
+    assert first == second
+    assert first == json.loads(json.dumps(finished_with(tmp_path, ALONE)))
 
 
 def test_a_model_in_two_parts_is_edited_as_a_whole_one(folder: Path) -> None:

@@ -19,6 +19,7 @@ from baft.editing import EditOutcome, Mode, check_requests
 from baft.engine.abreast import EditsAbreast
 from baft.engine.encoding import Encoded
 from baft.engine.growth import grow, set_new_gates
+from baft.engine.history import Chunks
 from baft.engine.learner import Learner
 from baft.engine.modes import evaluating, frozen_for_editing
 from baft.engine.options import EngineOptions
@@ -103,8 +104,9 @@ class BaftEditor(TrainedEditor):
         """Edit each of ``requests`` alone, from where the editor stands, and leave the editor as it was.
 
         Several are trained at a time, in one pass through the model, and each ends when its own loss is low enough.
+        Several processes each give their own part of the requests, one perhaps none, and make ready together.
 
-        Yields:
+        Returns:
             Outcomes as they come, in no certain order. One that ``curve.diverged`` has done no harm to others.
 
         Raises:
@@ -112,6 +114,13 @@ class BaftEditor(TrainedEditor):
         """
         check_requests(requests)
         rows = [self._chunks(request) for request in requests]
+        if rows or self._options.world.size > 1:
+            self._begin()  # now: whoever waits for the first outcome may have to wait for other processes, too
+        return self._each(requests, rows, on_step)
+
+    def _each(
+        self, requests: Sequence[EditRequest], rows: Sequence[Chunks], on_step: OnStep | None
+    ) -> Iterator[EditOutcome]:
         if not rows:
             return
         edits = EditsAbreast(self._begin(), rows, self._history.rows(), self._options.slots)

@@ -24,15 +24,17 @@ def edit_singly(context: RunContext) -> None:
     _record_base(context, left)
     context.watcher.stage("editing", len(left) + len(done), len(done))
     own = world.share(left)
-    outcomes = context.editor.edit_each(context.at(own)) if own else iter(())
+    began = time.perf_counter()
+    # A process without any of them still makes ready with the others, which they do together.
+    outcomes = context.editor.edit_each(context.at(own)) if left else iter(())
     # One process may have an edit more than another: all come here as often as the one with the most.
     for _ in range(0, math.ceil(len(left) / world.parts), _MEASURED_TOGETHER):
-        began = time.perf_counter()
         finished = list(itertools.islice(outcomes, _MEASURED_TOGETHER))
         for records in world.gathered(_measured(context, own, finished, time.perf_counter() - began)):
             context.journal.add(*records)
             for record in records:
                 context.watcher.advance(f"loss {record.curve.losses[-1]:.3f}" if record.curve.losses else "")
+        began = time.perf_counter()
 
 
 def _record_base(context: RunContext, positions: Sequence[int]) -> None:
