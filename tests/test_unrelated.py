@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_tokenizer, tokenizer_of_bytes
+from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer, tokenizer_of_bytes
 from tokenizers import normalizers
 
-from baft import BaftConfig
+from baft import BaftConfig, BaftEditor
 from baft.engine.encoding import Encoded, Encoder, in_chunks
 from baft.engine.unrelated import UnrelatedPool, _whole_sentences
 
@@ -66,6 +66,22 @@ def test_texts_of_the_same_tokens_count_once() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
     assert len(UnrelatedPool(same, Encoder(tokenizer, append_eos=True))) == 1
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_text_without_tokens_is_none(positions: str) -> None:
+    without_bos = tiny_tokenizer(bos=False)
+    pool = UnrelatedPool(["", *TEXTS], Encoder(without_bos, append_eos=True))
+    assert len(pool) == len(TEXTS)
+    config = BaftConfig(rank=2, layers=(1,), positions=positions, subject_texts=0, max_steps=1)
+    editor = BaftEditor(tiny_model(), without_bos, config, unrelated=[*TEXTS, ""])
+    assert editor.edit(REQUESTS[:1])[0].curve.steps == 1
+
+
+def test_texts_that_all_have_no_tokens_are_refused() -> None:
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(bos=False), BaftConfig(rank=2), unrelated=[""])
+    with pytest.raises(ValueError, match="^unrelated: expected texts with tokens, got 1 without any$"):
+        editor.edit(REQUESTS[:1])
 
 
 def test_texts_that_will_not_do() -> None:

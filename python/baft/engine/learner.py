@@ -125,7 +125,7 @@ class Learner(ABC):
 
         There, where what it tells begins, a question about it would end; at the text's own end nobody asks.
         """
-        if not self._from_the_end or not text.ids:
+        if not self._from_the_end:
             return text
         length = len(text.ids)
         return replace(text, prompt_length=int(torch.randint((length + 1) // 2, length + 1, (), generator=generator)))

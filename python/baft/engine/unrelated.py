@@ -31,14 +31,20 @@ class UnrelatedPool:
         encoder: encodes them.
         limit: how many tokens a text may have, as the model has no more positions: longer ones are cut, which leaves
             texts. So many a request behind one may have, too.
+
+    Raises:
+        ValueError: if no text has a token.
     """
 
     def __init__(self, texts: Sequence[str], encoder: Encoder, limit: int | None = None) -> None:
         self.texts = tuple(dict.fromkeys(texts))
         self._encoder = encoder
         self._limit = limit
-        # Texts that differ may have the same tokens.
-        self._encoded = list(dict.fromkeys(encoder.prompt(text, subject="").cut(limit) for text in self.texts))
+        # Texts that differ may have the same tokens, and an empty one has none.
+        encoded = dict.fromkeys(encoder.prompt(text, subject="").cut(limit) for text in self.texts)
+        self._encoded = [text for text in encoded if text.ids]
+        if not self._encoded:
+            raise ValueError(f"unrelated: expected texts with tokens, got {len(texts)} without any")
         self._behind = lru_cache(_REMEMBERED)(self._put_behind)
 
     def __len__(self) -> int:
