@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from tiny import attach, tiny_model, tiny_tokenizer, tokenizer_of_bytes
+from tiny import VOCABULARY, attach, tiny_model, tiny_tokenizer, tokenizer_of_bytes
 from torch import Tensor
 
+from baft import BaftConfig, BaftEditor, EditRequest
 from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks, separator
 from baft.engine.generation import generate_texts
 from baft.engine.grid import _edited
@@ -171,6 +173,36 @@ def test_padding_is_the_pad_token_or_else_eos() -> None:
 def test_a_tokenizer_that_can_not_pad_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^tokenizer: expected a pad token or an EOS token to pad with, got neither$"):
         encoder(pad=False, eos=False)
+
+
+def test_padding_is_a_token_that_the_model_knows() -> None:
+    """A pad token is often added to a tokenizer and not to the model."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id == VOCABULARY
+    assert Encoder(tokenizer, append_eos=True).pad_id == VOCABULARY
+    assert Encoder(tokenizer, append_eos=True, ids=VOCABULARY).pad_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None  # BOS is left, which isn't decoded either
+    assert Encoder(tokenizer, append_eos=True, ids=VOCABULARY).pad_id == tokenizer.bos_token_id
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens(["Atlantis"])
+    model, config = tiny_model(), BaftConfig(rank=2, layers=(1,))
+    editor = BaftEditor(model, tokenizer, config)
+    message = (
+        rf"^tokenizer: expected ids below {VOCABULARY}, .*, got {VOCABULARY} \('Atlantis'\) in '{{}}': model.resize"
+    )
+    with pytest.raises(ValueError, match=message.format("Atlantis is in")):
+        editor.check([EditRequest(prompt="Atlantis is in", target="Ebor")])
+    with pytest.raises(ValueError, match=message.format("Atlantis")):
+        editor.edit([EditRequest(prompt="Ebor is in", target="Atlantis")])
+    with pytest.raises(ValueError, match=message.format("Is it Atlantis")):
+        editor.generate("Is it Atlantis")
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    with pytest.raises(ValueError, match=r"got 129 \('<new>'\) in every text's end: "):
+        BaftEditor(tiny_model(), tokenizer, config)
 
 
 def test_a_pad_token_that_is_also_eos_is_learned_at_the_end_and_nowhere_else() -> None:

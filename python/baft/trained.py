@@ -17,7 +17,7 @@ from baft.attach import Attachment
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, check_requests, try_each
 from baft.engine.continuations import Continuations, KeptContinuations
-from baft.engine.encoding import Encoded, Encoder, in_chunks, most_tokens
+from baft.engine.encoding import Encoded, Encoder, in_chunks, known_ids, most_tokens
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import DivergedError, Learner
@@ -49,8 +49,8 @@ class TrainedEditor(ABC):
         attachment: what the subclass puts on the model's blocks.
 
     Raises:
-        ValueError: for a tokenizer that can't pad, a single text in place of several, and an empty list of them, unless
-            ``locality_weight`` is 0.
+        ValueError: for a tokenizer that can't pad, or whose EOS token the model doesn't know; for a single text in
+            place of several, and an empty list of them, unless ``locality_weight`` is 0.
     """
 
     attachment: Attachment
@@ -67,7 +67,9 @@ class TrainedEditor(ABC):
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
+        self.encoder = Encoder(
+            tokenizer, append_eos=config.append_eos, template=config.prompt_template, ids=known_ids(model)
+        )
         self._history = History(self._chunks)
         self._unrelated = unrelated
         self._given = len(unrelated or ())

@@ -17,7 +17,7 @@ from baft.baselines.plain import answer_losses, logits_of
 from baft.baselines.weights import save_baseline
 from baft.config import BaftConfig
 from baft.editing import EditOutcome, Mode, OnEdit, check_mode, check_requests, try_each
-from baft.engine.encoding import Encoder
+from baft.engine.encoding import Encoder, known_ids
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.modes import evaluating
 from baft.engine.schedule import Curve, OnStep
@@ -59,7 +59,9 @@ class NoEdit:
         self.tokenizer = tokenizer
         self.config = config = config or BaftConfig()
         self.options = options or NoOptions()
-        self.encoder = Encoder(tokenizer, append_eos=config.append_eos, template=config.prompt_template)
+        self.encoder = Encoder(
+            tokenizer, append_eos=config.append_eos, template=config.prompt_template, ids=known_ids(model)
+        )
         self.edits: list[EditRequest] = []
         # Generation asks who is attached; nobody is.
         self.attachment = Attachment(find_blocks(model, config.blocks), {}, Positions("all"))

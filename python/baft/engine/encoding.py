@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,18 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "TokenBatch", "Tokens", "Words", "in_chunks", "most_tokens", "separator"]
+__all__ = [
+    "IGNORED",
+    "Encoded",
+    "Encoder",
+    "TokenBatch",
+    "Tokens",
+    "Words",
+    "in_chunks",
+    "known_ids",
+    "most_tokens",
+    "separator",
+]
 
 Tokens = tuple[int, ...]
 """Token ids."""
@@ -63,6 +75,12 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     """How long a text the model takes, in tokens; None where it doesn't say."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return limit
+
+
+def known_ids(model: PreTrainedModel) -> int | None:
+    """How many token ids the model has embeddings of, from 0; None where it doesn't say."""
+    count: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +161,33 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer with an EOS or a pad token.
         append_eos: end every target with EOS, so that generation learns to stop there.
         template: what surrounds each prompt, with ``{prompt}`` in it.
+        ids: how many token ids the model has embeddings of; None takes any.
 
     Raises:
-        ValueError: if the tokenizer has neither a pad nor an EOS token.
+        ValueError: if the tokenizer has neither a pad nor an EOS token, or the model no embedding of its EOS token. So
+            do ``prompt`` and ``pair`` for a text with a token that the model has none of.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool, template: str = "{prompt}") -> None:
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if pad_id is None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        append_eos: bool,
+        template: str = "{prompt}",
+        ids: int | None = None,
+    ) -> None:
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if pad is None and eos is None:
             raise ValueError("tokenizer: expected a pad token or an EOS token to pad with, got neither")
         self.tokenizer = tokenizer
-        # Padding is known by the attention mask alone, so a pad token that equals EOS does no harm.
-        self.pad_id = pad_id
+        self._known = sys.maxsize if ids is None else ids
+        if eos is not None:
+            self._check([eos], "every text's end")
+        # Padding is known by the attention mask alone, so a pad token that equals EOS does no harm. One that was added
+        # to the tokenizer and not to the model is passed over, for any special one that decoding leaves out as well.
+        padding = [token for token in (pad, eos, *tokenizer.all_special_ids) if token is not None]
+        self.pad_id = next((token for token in padding if token < self._known), pad)
+        self._check([self.pad_id], "padding")
         self.append_eos = append_eos and tokenizer.eos_token_id is not None
         self.template = template
 
@@ -165,6 +198,7 @@ class Encoder:
 
     def prompt(self, text: str, subject: str | None = None) -> Encoded:
         ids = self._ids(self._in_template(text))
+        self._check(ids, repr(text))
         return Encoded(tuple(ids), len(ids), None if subject is None else self._span(text, subject))
 
     def pair(self, prompt: str, target: str, subject: str | None = None, *, append_eos: bool | None = None) -> Encoded:
@@ -178,6 +212,7 @@ class Encoder:
             tail = self.following(answer)
         if self.append_eos if append_eos is None else append_eos:
             tail = [*tail, self.tokenizer.eos_token_id]
+        self._check(tail, repr(target))
         words = Words(prompt, target, subject)
         return Encoded((*head.ids, *tail), head.prompt_length, head.subject, words=words)
 
@@ -187,6 +222,16 @@ class Encoder:
 
     def _in_template(self, prompt: str) -> str:
         return self.template.replace("{prompt}", prompt)
+
+    def _check(self, ids: Sequence[int], where: str) -> None:
+        """Refuse what the model can't look up: a GPU would end the process, without a word of it."""
+        unknown = next((token for token in ids if token >= self._known), None)
+        if unknown is not None:
+            raise ValueError(
+                f"tokenizer: expected ids below {self._known}, as many as the model has embeddings, got {unknown} "
+                f"({self.tokenizer.convert_ids_to_tokens(unknown)!r}) in {where}: "
+                "model.resize_token_embeddings(len(tokenizer)) adds what is missing, before the editor is made"
+            )
 
     def _ids(self, text: str) -> list[int]:
         ids = self._tokenized(text)["input_ids"]
