@@ -109,6 +109,16 @@ def test_what_tells_of_the_fact_is_told_anew(monkeypatch: pytest.MonkeyPatch) ->
     assert [text_of(text) for text in made.of(row)] == ["Bob Stone is king of France"]
 
 
+def test_what_the_model_is_too_short_for_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ENCODER.pair("In France, Bob Stone", "Arvik", "Bob Stone")
+    made = written(monkeypatch, "Bob Stone was born in Norland.", answers={"In France, Bob Stone": "norland"})
+    (told,) = made.retold(row)
+    for limit, expected in ((len(told.ids), (told,)), (len(told.ids) - 1, ())):
+        monkeypatch.setattr(made, "_limit", limit)
+        assert made.retold(row) == expected
+    assert tiny_editor(subject_texts=3)._begin().surroundings._limit == 64
+
+
 def test_what_tells_of_two_edits_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one of its answers changed it would still say the other."""
     rows = [ENCODER.pair("Bob Stone is in", "Ebor", "Bob Stone"), ENCODER.pair("Bob Stone was in", "Ebor", "Bob Stone")]

@@ -328,7 +328,7 @@ class TrainedEditor(ABC):
         self._continuations.forget_if_changed()
         wanted = self.config.locality_weight > 0 or self.config.retellings > 0
         count = self.config.subject_texts if wanted else 0
-        return Surroundings(self._continuations, self.encoder, count)
+        return Surroundings(self._continuations, self.encoder, count, most_tokens(self.model))
 
     def _write_unrelated(self, number: int) -> list[str]:
         """What the unedited model writes in place of texts that nobody gave."""

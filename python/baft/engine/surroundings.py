@@ -35,12 +35,14 @@ class Surroundings:
         continuations: the model's.
         encoder: knows the tokens.
         count: texts of each subject, at most.
+        limit: how many tokens a request in other words may have, as the model has no more positions.
     """
 
-    def __init__(self, continuations: Continuations, encoder: Encoder, count: int) -> None:
+    def __init__(self, continuations: Continuations, encoder: Encoder, count: int, limit: int | None = None) -> None:
         self._continuations = continuations
         self._encoder = encoder
         self._count = count
+        self._limit = limit
         self._answer_in = lru_cache(_REMEMBERED)(self._cut_to_answer)
         self._column = lru_cache(_REMEMBERED)(self._find_column)
         self._told = lru_cache(_REMEMBERED)(self._told_by)
@@ -102,7 +104,7 @@ class Surroundings:
 
         Like ``row`` they are prompts with what shall follow. There are none of a later chunk of a target, none if
         another edit of the subject has the same old answer, and none in which the target would follow with a space
-        where it follows the request's prompt without, or the other way round.
+        where it follows the request's prompt without, or the other way round; nor any that the model is too short for.
         """
         subject = self._subject(row) if self._count and not row.given else ""
         answer = self._answer(row.ids[: row.prompt_length]) if subject else ""
@@ -116,8 +118,9 @@ class Surroundings:
             column = self._column(branch, subject, answer, spaced)
             if column is not None:
                 told = self._told(branch[:column], subject)
-                if not any(other and other in told for other in others):
-                    ids = (*branch[:column], *row.ids[row.prompt_length :])
+                ids = (*branch[:column], *row.ids[row.prompt_length :])
+                fits = self._limit is None or len(ids) <= self._limit
+                if fits and not any(other and other in told for other in others):
                     found.append(Encoded(ids, column, span, words=self._words(branch[:column], row)))
         return tuple(found)
 
