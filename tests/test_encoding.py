@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, attach, tiny_model, tiny_tokenizer, tokenizer_of_bytes
 from torch import Tensor
+from transformers import ByT5Tokenizer
 
 from baft import BaftConfig, BaftEditor, EditRequest
 from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks, separator
@@ -255,6 +256,13 @@ def test_a_subject_is_looked_for_in_the_prompt_and_not_in_the_template() -> None
 @pytest.mark.parametrize("subject", [None, "Ebor"])
 def test_a_subject_that_is_not_in_the_prompt_is_unknown(subject: str | None) -> None:
     assert encoder().pair(PROMPT, "Ebor", subject).subject is None
+
+
+def test_a_tokenizer_that_can_not_tell_where_a_subject_stands() -> None:
+    editor = BaftEditor(tiny_model(vocab_size=384), ByT5Tokenizer(), BaftConfig(rank=2, layers=(1,)))
+    editor.check([EditRequest(prompt=PROMPT, target="Ebor")])
+    with pytest.raises(ValueError, match=r"^tokenizer: expected a fast one, .* got ByT5Tokenizer: load"):
+        editor.check([EditRequest(prompt=PROMPT, target="Ebor", subject="Norland")])
 
 
 # -- templates --

@@ -251,6 +251,11 @@ class Encoder:
             return None
         if not subject:
             return 0, 0
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "tokenizer: expected a fast one, which says where in a prompt its subject stands, got "
+                f"{type(self.tokenizer).__name__}: load the model's fast one, or leave out the requests' subjects"
+            )
         start = self.template.index("{prompt}") + found
         encoding = self._tokenized(self._in_template(prompt), return_offsets_mapping=True)
         columns = [
