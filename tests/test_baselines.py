@@ -418,8 +418,10 @@ def test_lora_on_a_model_that_has_one() -> None:
     ],
 )
 def test_a_projection_that_is_not_there(options: dict[str, Any], message: str) -> None:
+    model = tiny_model()
     with pytest.raises(ValueError, match=message):
-        editor_of("ft", options=FineTuningOptions(**options))
+        editor_of("ft", model, FineTuningOptions(**options))
+    assert editor_of("ft", model)  # the other has left nothing on it
 
 
 def test_a_block_without_a_down_projection() -> None:

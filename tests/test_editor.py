@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import REQUESTS, UNRELATED, WIDTH, tiny_editor, tiny_model, tiny_token
 from torch import Tensor
 
 from baft import BaftConfig, BaftEditor, EditRequest
+from baft.baselines.methods import METHODS, make_editor
 from baft.editing import Mode
 from baft.editor import EditOutcome
 from baft.engine.growth import set_new_gates
@@ -470,6 +472,27 @@ def test_an_editor_that_could_not_be_made_leaves_nothing_on_the_model() -> None:
         with pytest.raises(ValueError):
             tiny_editor(model, **changes)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_has_an_editor_is_refused(method: str) -> None:
+    """It would take the first one's edits for the base model."""
+    model = tiny_model()
+    first = make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
+    base = logits(first)
+    with pytest.raises(ValueError, match=r"^model: expected one without an editor, got one .* remove\(\)"):
+        tiny_editor(model)
+    first.remove()
+    second = tiny_editor(model)
+    torch.testing.assert_close(logits(second), base)
+    second.edit(TWO[:1])
+    edited = logits(second)
+    del second
+    gc.collect()  # and its edits stay
+    with pytest.raises(ValueError, match=r"^model: expected one without an editor"):
+        make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits, edited)
 
 
 def test_an_unknown_mode() -> None:

@@ -54,11 +54,12 @@ def test_a_pair_begins_with_exactly_what_generation_sees() -> None:
     model = tiny_model()
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"]), with_kwargs=True)
+    attachment = attach(model)
     for tokens in ({}, {"bos": False}, {"ends_with_eos": True}, {"pad": False}):
         for prompt in (PROMPT, "The capital of Norland is ", "Ada\n", "x"):
             subject_of_test = encoder(template="Question: {prompt}", **tokens)
             seen.clear()
-            generate_texts(model, attach(model), subject_of_test, [prompt], max_new_tokens=1)
+            generate_texts(model, attachment, subject_of_test, [prompt], max_new_tokens=1)
             row = subject_of_test.pair(prompt, "Arvik")
             assert seen[0].tolist() == [list(row.ids[: row.prompt_length])], (tokens, prompt)
 

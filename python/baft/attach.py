@@ -89,9 +89,19 @@ class Attachment:
         blocks: where the decoder blocks are.
         interventions: by block index.
         positions: which rows they edit.
+
+    Raises:
+        ValueError: for a model that another one is on, whose edits would pass for the model's own.
     """
 
     def __init__(self, blocks: Blocks, interventions: Mapping[int, BaftIntervention], positions: Positions) -> None:
+        # The hooks themselves tell, which outlive an editor that nobody holds any more.
+        hooks = blocks.parent._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+            raise ValueError(
+                "model: expected one without an editor, got one that has one already: call that one's remove(), or load "
+                "the model anew"
+            )
         self.blocks = blocks
         self.interventions = dict(interventions)
         self.positions = positions

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from baft.attach import find_blocks
 from baft.baselines.linear import down_projection, features
 from baft.baselines.weights import WeightEditor, save_baseline
 from baft.config import BaftConfig
@@ -64,16 +65,17 @@ class FineTuning(WeightEditor):
         unrelated: Sequence[str] | None = None,
         options: FineTuningOptions | None = None,
     ) -> None:
-        options = options or FineTuningOptions()
-        super().__init__(model, tokenizer, config or BaftConfig(), unrelated, options, options.learning_rate)
-        depth = len(self.blocks.modules)
-        edited = resolve_layers(self.config.layers, depth)
+        options, config = options or FineTuningOptions(), config or BaftConfig()
+        blocks = find_blocks(model, config.blocks)
+        depth = len(blocks.modules)
+        edited = resolve_layers(config.layers, depth)
         (layer,) = resolve_layers((edited[len(edited) // 2] if options.layer is None else options.layer,), depth)
-        block = self.blocks.modules[layer]
-        path = options.projection or down_projection(block, self.blocks.width)
+        block = blocks.modules[layer]
+        path = options.projection or down_projection(block, blocks.width)
         projection = dict(block.named_modules()).get(path)
         if projection is None:
             raise ValueError(f"projection: expected a layer of a {type(block).__name__}, got {path!r}")
+        super().__init__(model, tokenizer, config, unrelated, options, options.learning_rate)
         into, out = features(projection)
         device = next(projection.parameters()).device
         self._layer = layer
