@@ -79,7 +79,7 @@ class BaftConfig(BaseModel):
             of a sequence.
         min_steps: as far as ``max_steps`` allows, steps that a single edit takes at least where there is a locality
             loss. Its own loss is soon low enough, but what it did to other texts nothing mends later, as rehearsal,
-            consolidation and settling do in a sequence.
+            consolidation and settling do in a sequence. By default they are all that it takes.
         rehearsal: earlier requests drawn into each of these steps.
         rehearsal_buffer: how many requests (or chunks) these are drawn from, a sample of all so far; None takes all.
         consolidate_every: in sequential mode, after every so many edits, go over earlier ones again; 0 never does.

@@ -103,8 +103,9 @@ class BaftEditor(TrainedEditor):
     def edit_each(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Iterator[EditOutcome]:
         """Edit each of ``requests`` alone, from where the editor stands, and leave the editor as it was.
 
-        Several are trained at a time, in one pass through the model, and each ends when its own loss is low enough.
-        Several processes each give their own part of the requests, one perhaps none, and make ready together.
+        Several are trained at a time, in one pass through the model. Each ends by itself: with its own loss, from
+        ``min_steps`` to ``max_steps``, which by default are both 20. Several processes each give their own part of the
+        requests, one perhaps none, and make ready together.
 
         Returns:
             Outcomes as they come, in no certain order. One that ``curve.diverged`` has done no harm to others.

@@ -17,9 +17,9 @@ from baft.engine.encoding import Encoded
 from baft.engine.ending import Ending
 from baft.engine.graphs import Graphs
 from baft.engine.history import Chunks
-from baft.engine.memory import ran_out, slots_that_fit
 from baft.engine.schedule import Curve, OnStep, Progress
 from baft.engine.sets import ParameterSets
+from baft.engine.slots import ran_out, slots_that_fit
 from baft.engine.step import Lesson, TrainingStep
 from baft.engine.surroundings import WRITTEN_AHEAD
 from baft.engine.trainer import Abreast, Trainer
@@ -65,9 +65,9 @@ class EditsAbreast:
     """Edits every request alone, from where the trainer stands, some of them at a time.
 
     A request gets the next free slot, and leaves it as soon as its own loss is low enough (after ``min_steps`` at the
-    earliest) or its steps are used up. It
-    is drawn the same rehearsed and unrelated texts, and takes the same steps, as if it were the only one: results are
-    equal within rounding, and bit for bit with one slot.
+    earliest) or its steps are used up; by default both is after 20. It is drawn the same rehearsed and unrelated texts,
+    and takes the same steps, as if it were the only one: results are equal within rounding, and bit for bit with one
+    slot.
 
     Long requests go first, so that what memory is planned with is the most that is needed, but for targets in chunks,
     of which later steps have more. Where it runs out all the same, the requests being trained go back to wait, and half

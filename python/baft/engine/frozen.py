@@ -71,13 +71,8 @@ class FrozenStates:
         self._weights = versions_of(replay.model)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that are set aside at present."""
-        return self._prefixes.nbytes + self._head_inputs.nbytes
-
-    @property
     def written_bytes(self) -> int:
-        """Bytes of these that were ever written to: an operating system gives no others away."""
+        """Bytes of what is set aside that were ever written to: an operating system gives no others away."""
         return self._prefixes.written_bytes + self._head_inputs.written_bytes
 
     def prefix(self, texts: Sequence[Encoded], grid: Grid, *, together: bool = False) -> Tensor:

@@ -54,11 +54,6 @@ class Grid:
     starts: tuple[int, ...]
     tokens: int
 
-    @property
-    def padding(self) -> float:
-        """The share of cells that hold no token."""
-        return 1.0 - self.tokens / self.ids.numel()
-
     def cells(self, text: int, first: int, last: int) -> range:
         """The cells of tokens ``first`` to ``last`` (exclusive) of a text."""
         return range(self.starts[text] + first, self.starts[text] + last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from baft.engine.encoding import Encoded
@@ -11,7 +11,7 @@ from baft.requests import EditRequest
 __all__ = ["History", "latest"]
 
 Chunks = Sequence[Encoded]
-"""A request, encoded: one row, or one for each chunk of its target (``baft.engine.encoding.chunks``)."""
+"""A request, encoded: one row, or one for each chunk of its target (``baft.engine.encoding.in_chunks``)."""
 
 
 def latest(requests: Sequence[EditRequest], rows: Sequence[Chunks]) -> list[Chunks]:
@@ -27,14 +27,13 @@ class History:
 
     Args:
         encode: encodes a request.
-        requests: those that are edited in already.
 
     Attributes:
         requests: in order. The list may be changed by whoever goes back to an earlier state: rows follow it.
     """
 
-    def __init__(self, encode: Callable[[EditRequest], Chunks], requests: Iterable[EditRequest] = ()) -> None:
-        self.requests = list(requests)
+    def __init__(self, encode: Callable[[EditRequest], Chunks]) -> None:
+        self.requests: list[EditRequest] = []
         self._encode = encode
         self._encoded: list[EditRequest] = []
         self._chunks: list[Chunks] = []

@@ -46,13 +46,8 @@ class Kept:
         self._written = 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that are set aside at present."""
-        return 0 if self._buffer is None else self._buffer.nbytes
-
-    @property
     def written_bytes(self) -> int:
-        """Bytes of these that were ever written to: an operating system gives no others away."""
+        """Bytes of what is set aside that were ever written to: an operating system gives no others away."""
         return 0 if self._buffer is None else self._buffer[: self._written].nbytes
 
     def knows(self, text: Hashable) -> bool:

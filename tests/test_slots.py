@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from baft.engine.memory import FIRST_SLOTS, ran_out, slots_that_fit
+from baft.engine.slots import FIRST_SLOTS, ran_out, slots_that_fit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
