@@ -386,6 +386,7 @@ retract(const RetractTable table, float* distances, int iterations, float near) 
     fence_barrier_init();
     barrier_expect(sums_arrived, plan.sums_bytes());
   }
+  sync_warp();
   cluster_arrive_relaxed();
   RetractSlice<K> slice(basis, plan);
   send_gram<K>(slice, plan);
