@@ -61,7 +61,6 @@ BAFT_DEVICE void add_biases(const BackwardReduce& call, int64_t set, int64_t k) 
 BAFT_KERNEL(kReduceThreads) backward_reduce(const BackwardReduce call, int share) {
   const int64_t set = block() / share, first_thread = static_cast<int64_t>(block() % share) * kReduceThreads;
   const int64_t first_warp = first_thread / 32, warps = static_cast<int64_t>(share) * kReduceThreads / 32;
-  wait_for_previous_kernel();
   for (int64_t k = first_warp + warp(); k < call.rank; k += warps) add_biases(call, set, k);
   const int64_t fours = call.width / 4, mine = first_thread + thread();
   if (mine < call.rank * fours) add_columns(call, set, mine / fours, mine % fours * 4);
