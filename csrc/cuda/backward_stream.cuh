@@ -116,12 +116,6 @@ struct BackwardStreamBarriers {
   BAFT_DEVICE Address operands() const { return first + 8 * (2 * K::kStages + 1); }
 };
 
-// Of each stage, which rows of its tile there are and are edited: bit i for row i.
-template <class K>
-BAFT_DEVICE uint32_t* edited_rows() {
-  return reinterpret_cast<uint32_t*>(shared_memory() + K::kEditedAt);
-}
-
 // -- producer: one warp, a lane for each row --
 
 template <class K>

@@ -66,7 +66,8 @@ struct ForwardStream {
   static constexpr int kUpdateAt = kSumsAt + kSumsBytes;
   static constexpr int kBasisAt = kUpdateAt + kUpdateBytes;
   static constexpr int kBarriersAt = kBasisAt + kWarps * Basis::kBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 2);
+  static constexpr int kEditedAt = kBarriersAt + 8 * (2 * kStages + 2);
+  static constexpr int kSharedBytes = kEditedAt + 4 * kStages;
 };
 
 // The tile and the stages of an instance. Wide slices fill shared memory with 16 rows a tile; narrow ones take 32,
@@ -101,13 +102,18 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
   const auto load = [&](int j) {
     const auto tile = tiles.at(j);
     const int stage = j % K::kStages;
-    if (lane() == 0) barrier_expect(barriers.full(stage), tile.count * K::kSliceBytes);
+    const bool exists = lane() < tile.count;
+    const int64_t row = exists ? row_of(call.rows, tile.first + lane()) : 0;
+    const uint32_t edited = ballot(exists && is_edited(call.rows, row));
+    if (lane() == 0) {
+      edited_rows<K>()[stage] = edited;
+      barrier_expect(barriers.full(stage), tile.count * K::kSliceBytes);
+    }
     sync_warp();
-    if (lane() < tile.count)
+    if (exists)
       copy_in(stages + (stage * K::kRows + lane()) * K::Stage::kPitch,
-              static_cast<const typename K::Number*>(call.h) + row_of(call.rows, tile.first + lane()) * call.h_stride +
-                  first_column,
-              K::kSliceBytes, barriers.full(stage));
+              static_cast<const typename K::Number*>(call.h) + row * call.h_stride + first_column, K::kSliceBytes,
+              barriers.full(stage));
   };
   for (int j = 0; j < tiles.count && j < K::kStages - 1; ++j) load(j);
   for (int j = 0; j < tiles.count; ++j) {
@@ -119,12 +125,10 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     }
     barrier_wait_local(barriers.done(stage), j / K::kStages % 2);
     const auto tile = tiles.at(j);
-    if (lane() < tile.count) {
-      const int64_t row = row_of(call.rows, tile.first + lane());
-      if (!in_place || is_edited(call.rows, row))
-        copy_out(static_cast<typename K::Number*>(call.out) + row * call.out_stride + first_column,
-                 stages + (stage * K::kRows + lane()) * K::Stage::kPitch, K::kSliceBytes);
-    }
+    if (in_place ? edited_rows<K>()[stage] >> lane() & 1 : lane() < tile.count)
+      copy_out(static_cast<typename K::Number*>(call.out) +
+                   row_of(call.rows, tile.first + lane()) * call.out_stride + first_column,
+               stages + (stage * K::kRows + lane()) * K::Stage::kPitch, K::kSliceBytes);
     close_copies_out();
   }
   wait_copies_read(); // shared memory lasts as long as its CTA
@@ -133,8 +137,8 @@ BAFT_DEVICE void copy_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
 // -- gate: w and u of two neighbouring bases of one row --
 
 template <class K>
-BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t set, const float4* sums,
-                               const ForwardStreamBarriers<K>& barriers) {
+BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t set, uint32_t edited_rows,
+                               const float4* sums, const ForwardStreamBarriers<K>& barriers) {
   constexpr int kPairs = K::kRank / 2;
   const bool mine = thread() < K::kGating; // whole warps come here, since they shuffle
   const int owned = mine ? thread() / kPairs : 0, k = thread() % kPairs * 2;
@@ -148,7 +152,7 @@ BAFT_DEVICE void gate_and_send(const Forward& call, const Tile& tile, int64_t se
   const float2 w = gates<kPairs>(call, k, pz.y, pz.w);
   const bool exists = mine && in_tile < tile.count;
   const int64_t row = exists ? row_of(call.rows, tile.first + in_tile) : 0;
-  const bool edited = exists && is_edited(call.rows, row);
+  const bool edited = edited_rows >> in_tile & 1;
   const float2 u = make_float2(w.x * pz.x, w.y * pz.z);
   if (exists) {
     store_pair(call.weights + row * call.rank, call.rank, k, edited ? w : make_float2(0.0f, 0.0f));
@@ -188,6 +192,7 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
       barrier_expect(barriers.update(), K::kUpdateBytes);
     }
     barrier_wait_local(barriers.full(stage), j / K::kStages % 2);
+    const uint32_t edited = edited_rows<K>()[stage];
 
     // project
     BAFT_UNROLL
@@ -217,7 +222,8 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     // gate
     if (thread() < (K::kGating + 31) / 32 * 32) {
       barrier_wait(barriers.sums(), j % 2);
-      gate_and_send<K>(call, tile, set, reinterpret_cast<const float4*>(shared_memory() + K::kSumsAt), barriers);
+      const auto* sums = reinterpret_cast<const float4*>(shared_memory() + K::kSumsAt);
+      gate_and_send<K>(call, tile, set, edited, sums, barriers);
     }
     barrier_wait(barriers.update(), j % 2);
 
@@ -225,7 +231,7 @@ BAFT_DEVICE void edit_tiles(const Forward& call, const Tiles<K::kRows>& tiles,
     const uint32_t* update = reinterpret_cast<const uint32_t*>(shared_memory() + K::kUpdateAt);
     BAFT_UNROLL
     for (int m = 0; m < K::kRows / 16; ++m)
-      add_expansion<T, K::kRank, K::kBlocks, K::Stage::kPitch>(call.rows, tile, m * 16, update, basis,
+      add_expansion<T, K::kRank, K::kBlocks, K::Stage::kPitch>(edited, m * 16, update, basis,
                                                                rows + strip * sizeof(typename K::Number));
     fence_for_copies();
     sync_warp();

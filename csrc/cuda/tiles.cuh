@@ -20,6 +20,13 @@ constexpr int most_stages() {
     return most_stages<With, kMost - 1>();
 }
 
+// Of each stage, which rows of its tile there are and are edited: bit i for row i. The producer asks once for all, when
+// it begins to copy them.
+template <class K>
+BAFT_DEVICE uint32_t* edited_rows() {
+  return reinterpret_cast<uint32_t*>(shared_memory() + K::kEditedAt);
+}
+
 // Sums of every warp over its strip of columns, [kWarps][kRows][kColumns], in shared memory.
 template <int kWarps, int kRows, int kColumns>
 struct PartialSums {
@@ -142,21 +149,18 @@ struct Coefficients {
   }
 };
 
-// rows += c M in place, for 16 rows from `row` of a tile on and the columns of `kBlocks` blocks; rows that aren't
-// edited keep their bits. `coefficients` is [*, kCoefficients], `columns` points to the first column of the tile's
-// first row.
+// rows += c M in place, for 16 rows from `row` of a tile on and the columns of `kBlocks` blocks; rows whose bit of
+// `edited` isn't set keep theirs. `coefficients` is [*, kCoefficients], `columns` points to the first column of the
+// tile's first row.
 template <class T, int kCoefficients, int kBlocks, int kPitch, class Matrix>
-BAFT_DEVICE void add_expansion(const Rows& rows, const Tile& tile, int row, const uint32_t* coefficients,
-                               const Matrix& matrix, unsigned char* columns) {
+BAFT_DEVICE void add_expansion(uint32_t edited, int row, const uint32_t* coefficients, const Matrix& matrix,
+                               unsigned char* columns) {
   Coefficients<T, kCoefficients> left;
   left.load([&](int of_sixteen, int first) {
     return coefficients[((row + of_sixteen) * kCoefficients + first) / kPerWord<T>];
   });
-  const auto writes = [&](int in_tile) {
-    return !rows.mask || (in_tile < tile.count && is_edited(rows, row_of(rows, tile.first + in_tile)));
-  };
-  const bool writes_upper = writes(row + sum_element(lane(), 0).row);
-  const bool writes_lower = writes(row + sum_element(lane(), 2).row);
+  const bool writes_upper = edited >> (row + sum_element(lane(), 0).row) & 1;
+  const bool writes_lower = edited >> (row + sum_element(lane(), 2).row) & 1;
   BAFT_UNROLL
   for (int b = 0; b < kBlocks; ++b) {
     const auto eight = [&](int n) {
