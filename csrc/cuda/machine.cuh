@@ -77,30 +77,44 @@ BAFT_DEVICE void barrier_expect(Address barrier, int bytes) {
 BAFT_DEVICE void barrier_arrive(Address barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// With NVCC_APPEND_FLAGS=-DBAFT_BOUNDED_WAITS, to find a wait that never ends: after four seconds its kernel fails. It
+// isn't always so because it takes registers, which some kernels don't have.
+#ifdef BAFT_BOUNDED_WAITS
+#define BAFT_BEGIN_TO_WAIT             \
+  ".reg .pred late;\n"                 \
+  ".reg .u32 begin, now;\n"            \
+  "mov.u32 begin, %%globaltimer_lo;\n"
+#define BAFT_OR_GIVE_UP                  \
+  "mov.u32 now, %%globaltimer_lo;\n"     \
+  "sub.u32 now, now, begin;\n"           \
+  "setp.gt.u32 late, now, 4000000000;\n" \
+  "@late trap;\n"
+#else
+#define BAFT_BEGIN_TO_WAIT
+#define BAFT_OR_GIVE_UP
+#endif
+#define BAFT_WAIT(SCOPE)                                                         \
+  "{\n"                                                                          \
+  ".reg .pred done;\n"                                                           \
+  BAFT_BEGIN_TO_WAIT                                                             \
+  "again_%=:\n"                                                                  \
+  "mbarrier.try_wait.parity.acquire." SCOPE ".shared::cta.b64 done, [%0], %1;\n" \
+  "@done bra over_%=;\n"                                                         \
+  BAFT_OR_GIVE_UP                                                                \
+  "bra again_%=;\n"                                                              \
+  "over_%=:\n"                                                                   \
+  "}"
 // Wait for the end of the phase with this parity: 0 for the first, 1 for the second, and so on in turns. Then what
 // other CTAs sent is seen; and with the local form, what came from this CTA and its copies.
 BAFT_DEVICE void barrier_wait_local(Address barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again_%=;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  asm volatile(BAFT_WAIT("cta")::"r"(barrier), "r"(parity) : "memory");
 }
 BAFT_DEVICE void barrier_wait(Address barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again_%=;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  asm volatile(BAFT_WAIT("cluster")::"r"(barrier), "r"(parity) : "memory");
 }
+#undef BAFT_WAIT
+#undef BAFT_OR_GIVE_UP
+#undef BAFT_BEGIN_TO_WAIT
 
 // -- copies that run on their own: multiples of 16 bytes, from and to multiples of 16 --
 
