@@ -140,14 +140,14 @@ register_optimizer_step_post_hook(_notice_fused_step)
 
 
 def repack(bases: Iterable[Tensor]) -> None:
-    """Renew what is packed of the layers with these ``bases``, all of them in one launch.
+    """Renew what is packed of the layers with these ``bases``; for the CUDA backend, all of them in one launch.
 
     No call needs this: each use of a layer whose parameters have changed renews its pack. It is for two who know of the
     change before: a training step, after which every layer would otherwise launch a kernel in its forward pass and one
     in its backward pass (``retract_after_step`` calls it); and whoever replays a CUDA graph that reads packs.
 
-    Only packs of the CUDA backend are renewed so, where they lie, and only those of the current stream. While that is
-    captured, none is.
+    Packs of the CUDA and the Triton backend are renewed so, where they lie, and only those of the current stream. While
+    that is captured, none is.
 
     Args:
         bases: of the layers, the very tensors that calls of ``baft`` get.

@@ -23,11 +23,14 @@ from baft_kernels import (
     grouped_baft,
     orthonormal_basis,
     orthonormality_error,
+    repack,
     retract_,
     retract_after_step,
     retract_all_,
 )
 from baft_kernels.backends import resolve_backend
+from baft_kernels.backends.triton import backend as triton_backend
+from baft_kernels.packing import Parameters, packed
 from baft_kernels.reference import GATE_FNS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,6 +148,32 @@ def test_a_module_trains_on_it() -> None:
         losses.append(of_steps)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_it_compiles_whole_and_once_for_every_length() -> None:
+    """What chooses the backend can be traced: nothing of it imports."""
+    torch._dynamo.reset()
+    layer = BaftIntervention(40, 4, backend="triton").to(DEVICE)
+    compiled = torch.compile(lambda h: layer.edit(h).out, backend="eager", fullgraph=True, dynamic=True)
+    for length in (5, 6, 12):
+        h = torch.randn(2, length, 40, device=DEVICE)
+        assert torch.equal(compiled(h), layer.edit(h).out)
+
+
+def test_packs_are_renewed_where_they_lie() -> None:
+    """So a graph that reads one sees what ``repack`` wrote; made in inference mode, they can be written outside."""
+    call = draw_call((4,), 40, 3, dtype=torch.bfloat16).to(DEVICE)
+    for changes in ({}, {"gate": None, "gate_bias": None, "gate_fn": "none"}):
+        given = call._replace(**changes)
+        parameters = Parameters(*given[1:6])
+        with torch.inference_mode():
+            triton(*given)
+        known = packed(triton_backend._room, parameters, torch.bfloat16, triton_backend._fill)
+        given.source.add_(0.1)
+        repack([given.basis])
+        expected = backend.pack(*parameters, torch.bfloat16)
+        assert all(map(torch.equal, known, expected))
+        assert packed(triton_backend._room, parameters, torch.bfloat16, triton_backend._fill) is known
 
 
 def test_auto_waits_for_a_run_on_a_gpu() -> None:

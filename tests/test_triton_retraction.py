@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
+
 import pytest
 import torch
 from near_bases import distance_of, near_bases
@@ -60,6 +64,22 @@ def test_a_change_is_a_new_version() -> None:
     with torch.no_grad():
         backend.retract([basis, untracked])
     assert basis._version > version
+
+
+def test_what_a_graph_reads_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many other bases are retracted later: the graph knows its table by the address alone."""
+    module = sys.modules[backend.retract.__module__]
+    monkeypatch.setattr(module, "_in_graphs", {})
+    tables = []
+    for captured in (True, False):
+        basis = torch.eye(3, 3 + captured, device=DEVICE)
+        monkeypatch.setattr(module, "_is_captured", lambda device, captured=captured: captured)
+        backend.retract([basis])
+        tables.append(weakref.ref(module._table(((basis.data_ptr(), *basis.shape),), basis.device)))
+    for number in range(64):
+        module._known_table(((number, 1, 1),), torch.device(DEVICE))
+    gc.collect()
+    assert [table() is not None for table in tables] == [True, False]
 
 
 def test_what_is_refused() -> None:

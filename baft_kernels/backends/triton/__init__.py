@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from baft_kernels.backends.triton.launch import MAX_RANK, MAX_RETRACTION_RANK
-from baft_kernels.backends.triton.layout import TritonPack, pack
+from baft_kernels.backends.triton.layout import TritonPack, fill, pack, room
 
 if TYPE_CHECKING:
     from baft_kernels.backends.triton.kernels.backward import backward
@@ -24,13 +25,16 @@ __all__ = [
     "MAX_RETRACTION_RANK",
     "TritonPack",
     "backward",
+    "fill",
     "forward",
     "interpreted",
     "pack",
     "retract",
+    "room",
     "why_unusable",
 ]
 
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # at once: a compiler can't trace an import
 _KERNELS = {"forward": "forward", "backward": "backward", "retract": "retraction"}
 
 
@@ -38,11 +42,7 @@ def why_unusable() -> str | None:
     """Why this machine can't run the kernels; None if it can."""
     if not interpreted() and not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton can't be imported: {error}"
-    return None
+    return None if _IS_INSTALLED else "triton isn't installed"
 
 
 def interpreted() -> bool:

@@ -9,13 +9,20 @@ from torch import Tensor
 
 from baft_kernels.backends import triton, unfused
 from baft_kernels.backends.protocol import Backend
-from baft_kernels.packing import Parameters, packed
+from baft_kernels.packing import Held, Parameters, packed
 
 __all__ = ["TritonBackend"]
 
 
-def _pack(parameters: Parameters, dtype: torch.dtype) -> triton.TritonPack:
-    return triton.pack(*parameters, dtype)
+def _room(parameters: Parameters, dtype: torch.dtype) -> triton.TritonPack:
+    basis = parameters.basis
+    sets, (rank, dim) = basis.shape[:-2].numel(), basis.shape[-2:]
+    return triton.room(sets, rank, dim, dtype, basis.device, gated=parameters.gate is not None)
+
+
+def _fill(held: Sequence[Held]) -> None:
+    for parameters, _, pack in held:
+        triton.fill(pack, *parameters)
 
 
 class TritonBackend(Backend):
@@ -48,7 +55,7 @@ class TritonBackend(Backend):
         if parameters.basis.shape[-2] > triton.MAX_RANK or (out is not None and dense is not out):
             return unfused.forward(h, parameters, rows, adapters, gate_fn, out)
         rows = rows if adapters is None else unfused.as_mask(rows, h.shape[0])
-        pack = packed(_pack, parameters, h.dtype)
+        pack = packed(_room, parameters, h.dtype, _fill)
         return triton.forward(dense, pack, gate_fn=gate_fn, rows=rows, adapters=adapters, out=out)
 
     def retract(self, bases: Sequence[Tensor]) -> Tensor | None:
@@ -86,7 +93,7 @@ class TritonBackend(Backend):
             h if h.stride(1) == 1 else h.contiguous(),
             weights,
             update,
-            packed(_pack, parameters, h.dtype),
+            packed(_room, parameters, h.dtype, _fill),
             gate_fn=gate_fn,
             rows=rows,
             adapters=adapters,

@@ -48,10 +48,28 @@ def retract(bases: list[Tensor]) -> Tensor:
     return distances
 
 
+Places = tuple[tuple[int, int, int], ...]  # address, r and d of each basis
+
+# What captured graphs read, kept for good: nobody says when a graph is gone.
+_in_graphs: dict[Places, Tensor] = {}
+
+
+def _table(bases: Places, device: torch.device) -> Tensor:
+    """``bases`` on the device, int64 [L, 3]."""
+    table = _known_table(bases, device)
+    if _is_captured(device):
+        _in_graphs[bases] = table
+    return table
+
+
 @functools.lru_cache(maxsize=64)
-def _table(bases: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    """Address, r and d of each basis, int64 [L, 3]. Kept, since a graph's capture allows no copy from the host."""
+def _known_table(bases: Places, device: torch.device) -> Tensor:
+    """Kept for a while, since a graph's capture allows no copy from the host."""
     return torch.tensor(bases, dtype=torch.int64).to(device)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit
