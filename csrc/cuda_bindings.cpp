@@ -248,13 +248,20 @@ static PyObject* padded_rank(PyObject*, PyObject* rank) {
   return PyLong_FromLong(baft::cuda::padded_rank(PyLong_AsLong(rank)));
 }
 
-static PyObject* has_kernels(PyObject*, PyObject* arguments) {
-  long width, rank;
-  int dtype, architecture;
-  if (!PyArg_ParseTuple(arguments, "llii", &width, &rank, &dtype, &architecture)) return nullptr;
-  const Dtype numbers = static_cast<Dtype>(dtype);
-  return PyBool_FromLong(baft::cuda::has_forward(width, rank, numbers) &&
-                         baft::cuda::has_backward(width, rank, numbers, architecture));
+static PyObject* served(PyObject*, PyObject* number) {
+  const int architecture = static_cast<int>(PyLong_AsLong(number));
+  PyObject* found = PySet_New(nullptr);
+  for (const int64_t width : baft::cuda::widths())
+    for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16, Dtype::float32})
+      for (int64_t rank = 1; baft::cuda::padded_rank(rank) != 0; ++rank) {
+        if (!baft::cuda::has_forward(width, rank, dtype) || !baft::cuda::has_backward(width, rank, dtype, architecture))
+          continue;
+        PyObject* shape = Py_BuildValue("LLi", static_cast<long long>(width), static_cast<long long>(rank),
+                                        static_cast<int>(dtype));
+        PySet_Add(found, shape);
+        Py_DECREF(shape);
+      }
+  return found;
 }
 
 static PyObject* backward_slots(PyObject*, PyObject* arguments) {
@@ -268,8 +275,8 @@ static PyObject* backward_slots(PyObject*, PyObject* arguments) {
 
 static PyMethodDef methods[] = {
     {"padded_rank", padded_rank, METH_O, "The rank that kernels for this one are compiled for, 0 for none."},
-    {"has_kernels", has_kernels, METH_VARARGS,
-     "Whether kernels are compiled for a width, a rank, a dtype (kernels.h), and an architecture: 900 for sm_90."},
+    {"served", served, METH_O,
+     "The set of (width, rank, dtype as in kernels.h) with kernels for an architecture, 900 for sm_90."},
     {"backward_slots", backward_slots, METH_VARARGS,
      "Slots and parts that a backward pass takes: width, rank, dtype, sequences, their length."},
     {}};
@@ -278,6 +285,6 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, method
 
 PyMODINIT_FUNC PyInit__cuda() {
   PyObject* made = PyModule_Create(&module);
-  if (made) PyModule_AddIntConstant(made, "INTERFACE", 4); // see cpu_bindings.cpp
+  if (made) PyModule_AddIntConstant(made, "INTERFACE", 5); // see cpu_bindings.cpp
   return made;
 }

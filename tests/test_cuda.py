@@ -88,6 +88,7 @@ def torch_flags() -> list[str]:
 @pytest.fixture(autouse=True)
 def emulated_gpu(bindings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_LIBRARY", bindings)
+    monkeypatch.setattr(cuda, "_SERVED", cuda._served(bindings))
     monkeypatch.setattr(cuda, "_runs_on", lambda device: None)
     monkeypatch.setattr(cuda, "_architecture", lambda device: 900)
     monkeypatch.setattr(cuda.CudaBackend, "why_unusable", lambda self: None)
@@ -212,6 +213,16 @@ def test_only_what_is_wanted() -> None:
 
 
 # -- what calls it --
+
+
+def test_it_compiles_whole_and_once_for_every_length() -> None:
+    """What chooses the backend can be traced: nothing of it calls the compiled library."""
+    torch._dynamo.reset()
+    layer = BaftIntervention(256, 12, backend="cuda")
+    compiled = torch.compile(lambda h: layer.edit(h).out, backend="eager", fullgraph=True, dynamic=True)
+    for length in (5, 6, 40):
+        h = torch.randn(2, length, 256, dtype=torch.bfloat16)
+        assert torch.equal(compiled(h), layer.edit(h).out)
 
 
 def test_a_module_trains_on_it() -> None:

@@ -19,7 +19,7 @@ __all__ = ["CudaBackend"]
 # As in csrc/cuda/kernels.h; the last is of the calls below, and csrc/cuda_bindings.cpp must have the same.
 _GATES = ("sigmoid", "softmax", "none")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_INTERFACE = 4
+_INTERFACE = 5
 
 _library = torch.library.Library("baft_kernels", "FRAGMENT")
 _library.define(
@@ -58,7 +58,16 @@ def _load() -> Any:
     return library
 
 
+def _served(library: Any) -> dict[int, set[tuple[int, int, int]]]:
+    """By architecture, every (d, r, dtype) that the library has kernels for: compilers can't trace a call of it."""
+    return {
+        architecture: set() if isinstance(library, str) else library.served(architecture)
+        for architecture in (900, 1000)
+    }
+
+
 _LIBRARY = _load()  # at once: not while a call is traced
+_SERVED = _served(_LIBRARY)
 
 
 @dataclass
@@ -185,7 +194,8 @@ class CudaBackend(Backend):
         dtype = str(h.dtype).removeprefix("torch.")
         if h.dtype not in _DTYPES:
             return f"it serves float32, bfloat16 and float16, and h is {dtype}"
-        if not _LIBRARY.has_kernels(h.shape[-1], rank, _DTYPES.index(h.dtype), _architecture(h.device)):
+        generation = 900 if _architecture(h.device) < 1000 else 1000
+        if (h.shape[-1], rank, _DTYPES.index(h.dtype)) not in _SERVED[generation]:
             return f"its kernels aren't compiled for {dtype}, d = {h.shape[-1]} and r = {rank}"
         return None
 

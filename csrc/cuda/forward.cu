@@ -1,4 +1,6 @@
 // Launches the forward kernels.
+#include <set>
+
 #include "forward_decode.cuh"
 #include "forward_stream.cuh"
 #include "instances.h"
@@ -55,6 +57,14 @@ const char* launch_in(const Forward& call, int64_t width, void* stream) {
 }
 
 } // namespace
+
+std::vector<int64_t> widths() {
+  std::set<int64_t> found;
+#define BAFT_CASE(BITS, WIDTH, ...) found.insert(WIDTH);
+  BAFT_FORWARD_STREAM(BAFT_CASE)
+#undef BAFT_CASE
+  return {found.begin(), found.end()};
+}
 
 bool has_forward(int64_t width, int64_t rank, Dtype dtype) {
 #define BAFT_CASE(BITS, WIDTH, RANK, ...) \

@@ -1,6 +1,8 @@
 // Launching the kernels, for the bindings. Neither torch nor CUDA: a stream is a pointer, an error a text or null.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace baft::cuda {
@@ -11,7 +13,8 @@ constexpr int padded_rank(int64_t rank) { return rank <= 8 ? 8 : rank <= 16 ? 16
 // Bytes of a number.
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// Whether the forward kernels are compiled for this width and rank.
+// The widths that kernels are compiled for, and whether those of the forward pass are for a width and a rank.
+std::vector<int64_t> widths();
 bool has_forward(int64_t width, int64_t rank, Dtype dtype);
 
 const char* launch_forward(const Forward& call, int64_t width, Dtype dtype, void* stream);

@@ -44,6 +44,12 @@ const char* run(int64_t clusters, const std::function<void()>& kernel,
 
 } // namespace
 
+std::vector<int64_t> widths() {
+#define BAFT_CASE(WIDTH, ...) WIDTH,
+  return {BAFT_SHAPES(BAFT_CASE)};
+#undef BAFT_CASE
+}
+
 bool has_forward(int64_t width, int64_t rank, Dtype dtype) { return has_backward(width, rank, dtype, 900); }
 
 bool has_backward(int64_t width, int64_t rank, Dtype dtype, int) {
