@@ -138,6 +138,13 @@ def test_a_set_for_each_sequence(gate_fn: str, listed: bool) -> None:
     assert not any(bool(actual[f"gradient of {name}"][1].any()) for name in ("basis", "source", "source_bias"))
 
 
+def test_set_numbers_of_any_layout() -> None:
+    call = test_grouped.draw((3, 20), 256, 12, 3, dtype=torch.bfloat16)
+    for ids in (torch.tensor([2, 1, 0, 1, 2])[::2], torch.tensor(1).expand(3)):
+        found = [grouped_baft(*call[:6], given, backend="cuda") for given in (ids, ids.contiguous())]
+        assert torch.equal(*found)
+
+
 # -- rows and layouts --
 
 

@@ -304,6 +304,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor | None, adapters: Tensor | None, total: int) -> _Rows:
+        adapters = None if adapters is None else adapters.contiguous()
         if rows is None or rows.dtype == torch.bool:
             return cls(None, None if rows is None else rows.contiguous(), adapters)
         if adapters is None:
