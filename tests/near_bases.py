@@ -12,6 +12,10 @@ from baft_kernels import orthonormal_basis
 __all__ = ["distance_of", "near_bases"]
 
 
+# The last two are more than a CTA with little memory can hold, in whole fours of columns and not.
+SHAPES = ((1, 1), (1, 130), (3, 20), (12, 96), (16, 384), (33, 130), (64, 256), (64, 131))
+
+
 def near_bases(distance: float, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """One float32 basis of each shape (r, d) with ||R R^T - I||_F = ``distance``, but for the rounding."""
     bases = []

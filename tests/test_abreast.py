@@ -133,7 +133,7 @@ def test_a_single_edit_is_edited_on_with_an_optimiser_that_begins() -> None:
     for one in (editor, expected):
         one.edits = [REQUESTS[1]]
         one.edit(REQUESTS[2:3])
-    assert_same_bits(editor.state(), expected.state())
+    assert_same_state(editor.state(), expected.state())
 
 
 def test_one_at_a_time_no_bit_depends_on_the_others_or_their_order() -> None:

@@ -1,6 +1,6 @@
 """The editing engine on an NVIDIA GPU: by graphs as without, and what edited models say as on the CPU.
 
-Skipped where there is no GPU, or no transformers.
+Skipped where there is no GPU, no transformers, or no pydantic.
 """
 
 from __future__ import annotations
@@ -15,21 +15,32 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU on this machine", allow_module_level=True)
 pytest.importorskip("transformers")
+pytest.importorskip("pydantic")
 
-from tiny import REQUESTS, moved_from_identity, tiny_editor, tiny_model  # after transformers is known
+from tiny import REQUESTS, moved_from_identity, tiny_editor, tiny_model  # after those are known
 
 from baft.engine.options import EngineOptions
+from baft_kernels.backends import FUSED
 
 GPU = "cuda"
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batch", "single"])
 @pytest.mark.parametrize("changes", [{}, {"locality_loss": "update", "balance_weight": 0.1, "positions": "subject"}])
-def test_editing_by_graphs_is_editing(mode: Any, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+def test_editing_by_graphs_is_editing(mode: Any, changes: dict[str, Any], backend: str) -> None:
+    if backend in FUSED and (reason := FUSED[backend].why_unusable()) is not None:
+        pytest.skip(reason)
+    width = 768 if backend == "cuda" else 32  # it serves no width that tests take elsewhere
+    rate = 6e-2 * 32 / width
+    changes = {**changes, "backend": backend, "learning_rate": rate, "gate_learning_rate": rate}
     found = []
     for graphs in (True, False):
         options = EngineOptions(graphs=graphs, slots=2)
-        editor = tiny_editor(tiny_model().to(GPU), options=options, max_steps=8, batch_passes=8, **changes)
+        model = tiny_model(hidden_size=width).to(GPU)
+        for parameter in model.parameters():  # so that activations are as large as those of the narrow model
+            parameter.data *= (32 / width) ** 0.5 if parameter.ndim == 2 else 1
+        editor = tiny_editor(model, options=options, max_steps=8, batch_passes=8, **changes)
         curves = [outcome.curve for outcome in editor.edit(REQUESTS, mode)]
         found.append(([curve.steps for curve in curves], [curve.losses[-1] for curve in curves]))
         engine = editor.engine_report()

@@ -80,7 +80,7 @@ def test_a_text_without_tokens_is_none(positions: str) -> None:
 
 def test_texts_that_all_have_no_tokens_are_refused() -> None:
     editor = BaftEditor(tiny_model(), tiny_tokenizer(bos=False), BaftConfig(rank=2), unrelated=[""])
-    with pytest.raises(ValueError, match="^unrelated: expected texts with tokens, got 1 without any$"):
+    with pytest.raises(ValueError, match=r"^unrelated: expected texts with tokens, got 1 without any$"):
         editor.edit(REQUESTS[:1])
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
-from baft.engine.memory import ran_out
 from baft.engine.schedule import Curve
+from baft.engine.slots import ran_out
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
