@@ -7,10 +7,13 @@ installed, unless no kernels are wanted.
 
 BAFT_BUILD_CPU=1 makes a failing build of the CPU kernels an error, 0 builds none. BAFT_BUILD_CUDA likewise; unset, the
 CUDA kernels are built if torch is a CUDA build and nvcc is there. Neither needs a GPU, and any torch from 2.11 on does.
+BAFT_CUDA_ARCHITECTURES names some to build for, such as 90a alone, which takes half the time. A CUDA library that is
+there and was built from these sources, here or elsewhere, isn't built again: it says what it was built from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -44,6 +47,9 @@ COMMON = ["-O3", "-fPIC", "-fvisibility=hidden"]
 CXX = ["-std=c++17", "-ffp-contract=fast", "-g0", "-Wall", "-Wextra"]
 CXX += ["-Wno-maybe-uninitialized", "-Wno-missing-field-initializers"]
 NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+
+# Of which a file of the build folder is made, for the library.
+MARKS = "marks.cpp"
 
 # Those that nvcc knows of them. Clusters of CTAs, and copies that run on their own, begin with sm_90.
 ARCHITECTURES = ("90a", "100a")
@@ -85,6 +91,12 @@ class BuildWithNinja(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == CUDA:
+            if not self.force and _is_there(ext.name, target):
+                print(f"baft-kernels: {ext.name} is up to date: it was built from these sources", file=sys.stderr)
+                return
+            marks = "".join(_cuda_marks())
+            (folder / MARKS).write_text(f'__attribute__((used)) static const char marks[] = "{marks}";\n')
         (folder / "build.ninja").write_text("\n".join(_build_file(ext.name, target)) + "\n")
         subprocess.run([_ninja(), "-C", str(folder), "--quiet"], check=True)
 
@@ -116,6 +128,9 @@ def _build_file(name: str, target: Path) -> Iterable[str]:
     # No run path: torch's libraries are found by name, since torch is imported, from wherever it is then, before.
     yield from _rule("link", f"{linker} $in -o $out -L{_torch() / 'lib'} -ltorch_cpu -lc10", depends=False)
     objects = []
+    if name == CUDA:
+        objects.append("marks.o")
+        yield f"build marks.o: cxx {MARKS}"
     for source in SOURCES[name]:
         objects.append(f"{Path(source).stem}.o")
         rule = "nvcc" if source.endswith(".cu") else "cxx"
@@ -157,7 +172,32 @@ def _nvcc() -> str:
     return found
 
 
+def _is_there(name: str, target: Path) -> bool:
+    """Whether ``target`` is a CUDA library of these sources, or one lies in place, which then becomes ``target``."""
+    in_place = ROOT.absolute() / f"{name.replace('.', '/')}.abi3.so"
+    for there in (target, in_place):
+        if there.exists() and all(mark.encode() in there.read_bytes() for mark in _cuda_marks()):
+            if there != target:
+                shutil.copy2(there, target)
+            return True
+    return False
+
+
+def _cuda_marks() -> list[str]:
+    """What a CUDA library says of itself: its sources and how they were compiled, once for each architecture."""
+    more = os.environ.get("NVCC_APPEND_FLAGS", "")  # which nvcc reads by itself
+    digest = hashlib.sha256(repr([COMMON, CXX, NVCC, more, TORCH_TARGET_VERSION, PYTHON_TARGET_VERSION]).encode())
+    for path in (ROOT / "csrc/cuda_bindings.cpp", *sorted((ROOT / "csrc/cuda").iterdir())):
+        digest.update(path.name.encode() + path.read_bytes())
+    return [f"{CUDA} {digest.hexdigest()} for {architecture};" for architecture in _architectures()]
+
+
 def _architectures() -> list[str]:
+    if asked := os.environ.get("BAFT_CUDA_ARCHITECTURES", "").split():
+        if unknown := [a for a in asked if a not in ARCHITECTURES]:
+            known = ", ".join(ARCHITECTURES)
+            raise RuntimeError(f"BAFT_CUDA_ARCHITECTURES: expected some of {known}, got {', '.join(unknown)}")
+        return asked
     known = subprocess.run([_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     return [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
 
