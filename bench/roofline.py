@@ -5,7 +5,8 @@
 
 For each case: the bytes that have to move at least (``Case.bytes``), and for every variant the median time with the
 20th and 80th percentile, the rate at which it moves those bytes, and its share of the rate of a plain copy of as many
-bytes in the same run. A case whose result isn't as accurate as plain torch's (the tests' tolerance rule) gets no time.
+bytes in the same run. Whoever's result isn't as accurate as plain torch's (the tests' tolerance rule), or who raises,
+gets no time but a line that says why.
 h rotates past the caches; the parameters, less than a megabyte, may stay in them. Results go to bench/results/ as JSON,
 Markdown and PNG, with commit and versions.
 """
@@ -48,7 +49,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one case; without a time if its result is wrong."""
+    """One variant of one case; without a time if its result is wrong, or if it raised."""
 
     case: Case
     variant: str
@@ -86,13 +87,14 @@ def main() -> None:
     for number, case in enumerate(cases, 1):
         console.print(f"[{number} of {len(cases)}] {case.name}", style="dim")
         rows += measure(case, rivals, device, options.rounds)
+        paths = save(options.name, rows, device)  # each time: a run may be cut off
     console.print(table_of(rows))
-    for path in save(options.name, rows, device):
+    for path in (*paths, plot(rows, provenance(device), paths[0].with_suffix(".png"))):
         console.print(f"Saved: {path}")
 
 
 def measure(case: Case, rivals: dict[str, Variant], device: torch.device, rounds: int) -> list[Row]:
-    """Check the op on each backend, then time everything that is right."""
+    """Check the op on each backend, then time everything that is right, and runs."""
     operands = draw(case, device)
     backends = fused_backends(torch.empty(1, case.d, dtype=case.dtype, device=device), case.r)
     problems = {name: _problem(case, operands, name, device) for name in backends}
@@ -100,12 +102,18 @@ def measure(case: Case, rivals: dict[str, Variant], device: torch.device, rounds
     rotation = max(1, min(4096, PAST_CACHES // (case.rows * case.d * case.dtype.itemsize)))
     inputs = torch.randn(rotation, case.rows, case.d, device=device).to(case.dtype)
     works = {name: _work(case, variant, inputs, operands) for name, variant in variants.items()}
+    problems |= {name: _raised(work) for name, work in works.items()}
+    works = {name: work for name, work in works.items() if problems[name] is None}
     source = torch.empty(max(1, case.bytes // 2), dtype=torch.uint8, device=device).random_(256)
     copies = max(1, PAST_CACHES // source.numel()) if source.numel() < PAST_CACHES else 1
     sources = [source.clone() for _ in range(min(copies, 256))]
     target = torch.empty_like(source)
     works[COPY] = lambda number: target.copy_(sources[number % len(sources)])
-    spreads = interleaved(works, rotation=rotation, rounds=rounds, device=device)
+    try:
+        spreads = interleaved(works, rotation=rotation, rounds=rounds, device=device)
+    except RuntimeError as error:  # of one of them, while it is captured or replayed
+        spreads = {}
+        problems |= dict.fromkeys(works, _named(error))
     wrong = [Row(case, name, None, problem) for name, problem in problems.items() if problem]
     return [Row(case, name, spread) for name, spread in spreads.items()] + wrong
 
@@ -143,7 +151,22 @@ def _problem(case: Case, operands: Operands, backend: str, device: torch.device)
             assert_accurate(served, *(Call(h + shift, *operands.masters, "sigmoid") for shift in (0, 1)))
     except AssertionError as error:
         return str(error)
+    except Exception as error:  # a launch that fails, memory that runs out, a kernel that doesn't compile
+        return _named(error)
     return None
+
+
+def _raised(work: Work) -> str | None:
+    """What a first call raises."""
+    try:
+        work(0)
+    except Exception as error:
+        return _named(error)
+    return None
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 # -- what is shown and kept --
@@ -159,11 +182,11 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def _cells(case: Case, rows: list[Row]) -> list[list[str]]:
-    rates = {row.variant: row.rate() for row in rows}
+    rates = {name: float("nan") for name in (COPY, "eager")} | {row.variant: row.rate() for row in rows}
     cells = []
     for row in rows:
         if row.spread is None:
-            cells.append([case.name, row.variant, "wrong", "", "", "", "", "", row.problem or ""])
+            cells.append([case.name, row.variant, "no time", "", "", "", "", "", row.problem or ""])
             continue
         micro = [f"{seconds * 1e6:,.1f}" for seconds in (row.spread.median, row.spread.p20, row.spread.p80)]
         shares = [f"{rates[row.variant] / rates[other]:.2f}" for other in (COPY, "eager")]
@@ -172,9 +195,9 @@ def _cells(case: Case, rows: list[Row]) -> list[list[str]]:
 
 
 def save(name: str, rows: list[Row], device: torch.device) -> list[Path]:
-    """Write JSON, Markdown and PNG; returns their paths."""
+    """Write JSON and Markdown; returns their paths."""
     RESULTS.mkdir(exist_ok=True)
-    paths = [RESULTS / f"{name}.{kind}" for kind in ("json", "md", "png")]
+    paths = [RESULTS / f"{name}.{kind}" for kind in ("json", "md")]
     about = provenance(device)
     report = {**about, "rows": [_plain(row) for row in rows]}
     paths[0].write_text(json.dumps(report, indent=1) + "\n")
@@ -182,7 +205,6 @@ def save(name: str, rows: list[Row], device: torch.device) -> list[Path]:
     for case, of_case in itertools.groupby(rows, lambda row: row.case):
         lines += _cells(case, list(of_case))
     paths[1].write_text(markdown(lines, about))
-    plot(rows, about, paths[2])
     return paths
 
 
@@ -196,8 +218,8 @@ def _plain(row: Row) -> dict[str, Any]:
     }
 
 
-def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
-    """GB/s over T, a panel for each dtype, d, r and direction."""
+def plot(rows: list[Row], about: dict[str, Any], path: Path) -> Path:
+    """GB/s over T, a panel for each dtype, d, r and direction; returns ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,6 +257,7 @@ def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     figure.suptitle(f"{about['device']}, torch {about['versions']['torch']}, commit {about['commit']}", fontsize=9)
     figure.savefig(path, dpi=110)
+    return path
 
 
 if __name__ == "__main__":

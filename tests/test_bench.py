@@ -61,7 +61,22 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "update" in str(rows["cpu"].problem)
     assert rows["eager"].spread is not None and rows["copy"].spread is not None
     cells = {line[1]: line for line in roofline._cells(CASE, list(rows.values()))}
-    assert cells["cpu"][2] == "wrong"
+    assert cells["cpu"][2] == "no time"
+
+
+def test_who_raises_gets_no_time_and_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    monkeypatch.setattr(roofline, "baft", fails)
+    monkeypatch.setattr(roofline, "fused_backends", lambda h, rank: ["cpu"])
+    rivals = {"eager": RIVALS["eager"], "compiled": fails}
+    rows = {row.variant: row for row in roofline.measure(CASE, rivals, CPU, rounds=1)}
+    assert rows["cpu"].problem == rows["compiled"].problem == "OutOfMemoryError: out of memory"
+    assert rows["eager"].spread is not None and rows["copy"].spread is not None
+    monkeypatch.setattr(roofline, "interleaved", fails)
+    rows = {row.variant: row for row in roofline.measure(CASE, rivals, CPU, rounds=1)}
+    assert {row.problem for row in rows.values()} == {"OutOfMemoryError: out of memory"} and len(rows) == 4
 
 
 def test_variants_take_turns() -> None:
