@@ -4,7 +4,8 @@
 
 One training step's share of it, for a basis of r rows of width d: a retraction after the step, against a forward and
 a backward pass through ``torch.nn.utils.parametrizations.orthogonal``, which is what pyreft's LoReFT uses. How far from
-orthonormal the basis is in the end stands beside it.
+orthonormal the basis is in the end stands beside it. Then what the bases of 32 layers cost together, by plain torch and
+by each backend that has a kernel for them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -24,8 +26,11 @@ from terminal import plain_console, show  # noqa: E402
 from timing import Work, interleaved  # noqa: E402
 from torch import nn  # noqa: E402
 
-from baft_kernels import orthonormal_basis, orthonormality_error, retract_  # noqa: E402
+from baft_kernels import orthonormal_basis, orthonormality_error, retract_, retract_near_  # noqa: E402
+from baft_kernels.backends import FUSED, REFERENCE  # noqa: E402
 
+LAYERS = 32
+HEADER_OF_LAYERS = ["r", "d", "backend", "µs", "largest |R R^T - I|"]
 HEADER = ["r", "d", "retract_, µs", "parametrization, µs", "ratio", "|R R^T - I|, ours", "theirs"]
 
 
@@ -59,13 +64,47 @@ def main() -> None:
                     *(f"{e:.1e}" for e in errors),
                 ]
             )
+    of_layers = [found for d in options.d for r in options.r for found in _layers(r, d, options.rounds, device)]
+    together = [HEADER_OF_LAYERS]
+    for found in of_layers:
+        shape, micro = [str(found[name]) for name in ("r", "d", "backend")], found["seconds"]["median"] * 1e6
+        together.append([*shape, f"{micro:,.0f}", f"{found['error']:.1e}"])
     console = plain_console(120)
     show(rows, console)
+    show(together, console)
     about = provenance(device)
     name = f"retraction_{device.type}"
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": raw}, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(rows, about))
+    results = {**about, "rows": raw, "layers": LAYERS, "rows_of_layers": of_layers}
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    note = f"{LAYERS} layers at once. "
+    (RESULTS / f"{name}.md").write_text(f"{markdown(rows, about)}\n{markdown(together, about, note)}")
     console.print(f"Saved: {RESULTS / name}.md")
+
+
+def _layers(r: int, d: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """The bases of all layers, retracted at once by each backend that has a kernel for them, and by plain torch."""
+    bases = [orthonormal_basis(r, d, device=device) for _ in range(LAYERS)]
+    step = 1e-3 * torch.randn(r, d, device=device)
+    having = [
+        name for name, backend in FUSED.items() if backend.why_unusable() is None and backend.retract(bases) is not None
+    ]
+
+    def work_of(name: str) -> Work:
+        def work(_: int) -> None:
+            for basis in bases:
+                basis.add_(step)
+            retract_near_(bases, backend=name)
+            _finish(device)
+
+        return work
+
+    works = {name: work_of(name) for name in (REFERENCE, *having)}
+    errors = {}
+    for name, work in works.items():
+        work(0)
+        errors[name] = max(map(orthonormality_error, bases))
+    spreads = interleaved(works, rotation=1, rounds=rounds, device=torch.device("cpu"))
+    return [{"r": r, "d": d, "backend": n, "seconds": asdict(spreads[n]), "error": errors[n]} for n in works]
 
 
 class _Subject:

@@ -99,8 +99,8 @@ class Attachment:
         hooks = blocks.parent._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
             raise ValueError(
-                "model: expected one without an editor, got one that has one already: call that one's remove(), or load "
-                "the model anew"
+                "model: expected one without an editor, got one that has one already: call that one's remove(), or "
+                "load the model anew"
             )
         self.blocks = blocks
         self.interventions = dict(interventions)
