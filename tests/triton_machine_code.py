@@ -72,6 +72,7 @@ class Code:
     registers: int
     spilled: int
     shared: int
+    chained: int  # products that go on adding to what a loop carries
     instructions: dict[str, int]
 
 
@@ -155,8 +156,16 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], architecture: int) ->
         registers=int(registers[1]),
         spilled=mnemonics["LDL"] + mnemonics["STL"],
         shared=compiled.metadata.shared,
+        chained=chained(compiled.asm["ttgir"]),
         instructions={name: mnemonics[name] for name in COUNTED if mnemonics[name]},
     )
+
+
+def chained(code: str) -> int:
+    """How many products of Triton's intermediate ``code`` have a sum that a loop carries as what they add to."""
+    loops = " ".join(re.findall(r"iter_args\((.*?)\)", code))
+    carried = set(re.findall(r"(%\w+) = ", loops))
+    return sum(added_to in carried for added_to in re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", code))
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:

@@ -145,7 +145,7 @@ def columns_launch(
     """For the second kernel of the backward pass."""
     # Each block of columns reads all dp, dz and u, from the L2 cache: wide blocks, as far as there are registers.
     if dtype == torch.float32:
-        rows, columns, warps, stages = 16, 64, 8, 2
+        rows, columns, warps, stages = 16, 64 if rank <= 64 else 32, 8, 2
     else:
         rows, columns, warps, stages = 32, 128 if rank <= 64 else 64, 4 if rank <= 16 else 8, 3
     # As many programs as run at a time. Each part of the rows costs partial sums, 3 r d numbers written and read again.

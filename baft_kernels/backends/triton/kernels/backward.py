@@ -16,6 +16,7 @@ from torch import Tensor
 from baft_kernels.backends.triton.kernels.forward import project_kernel, sum_partial, write_back
 from baft_kernels.backends.triton.kernels.tiles import (
     Rows,
+    add_matmul,
     items_of_tile,
     load_low,
     load_matrix,
@@ -174,7 +175,7 @@ def _sweep_kernel(
         for i_d in range(0, DIM, BD):
             b_g = load_rows(p_g, g_stride, o_row, m_g, i_d, DIM, BD)
             b_basis = load_matrix(p_basis, i_d, DIM, RANK, R_PAD, BD)
-            b_du = matmul(b_g, b_basis.T, b_du)
+            b_du = add_matmul(b_g, b_basis.T, b_du, length)
 
     b_factors = chain_rule(b_du, p_grad_weights, p_grad_update, p_weights, p_update, o_row, m_row, RANK, R_PAD, GATE)
     b_narrow = narrow(b_factors, p_g.dtype.element_ty)
@@ -287,8 +288,8 @@ def _columns_kernel(
             b_g = load_rows(p_g, g_stride, o_row, m_row, i_d, DIM, BD)
             b_factors = load_low(p_factors, o_item, m_item, COUNT, C)
             b_u = narrow(load_low(p_update, o_row, m_row, RANK, R_PAD), b_g.dtype)
-            b_projection = matmul(b_factors.T, b_h, b_projection)
-            b_basis = matmul(b_u.T, b_g, b_basis)
+            b_projection = add_matmul(b_factors.T, b_h, b_projection, length)
+            b_basis = add_matmul(b_u.T, b_g, b_basis, length)
 
     sets = tl.num_programs(2).to(tl.int64)
     p_matrices += (i_split * (1 + COUNT // RANK) * sets + i_set) * RANK * DIM

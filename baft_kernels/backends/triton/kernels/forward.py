@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baft_kernels.backends.triton.kernels.tiles import (
     Rows,
+    add_matmul,
     items_of_tile,
     load_low,
     load_matrix,
@@ -118,7 +119,7 @@ def _sweep_kernel(
         for i_d in range(0, DIM, BD):
             b_h = load_rows(p_h, h_stride, o_row, m_out, i_d, DIM, BD)
             b_projection = load_matrix(p_projection, i_d, DIM, COUNT, C, BD)
-            b_sum = matmul(b_h, b_projection.T, b_sum)
+            b_sum = add_matmul(b_h, b_projection.T, b_sum, length)
 
     b_weights, b_update = gated_update(b_sum, p_bias + i_set * COUNT, m_row, COUNT, RANK, R_PAD, GATE)
     store_low(p_weights, b_weights, o_row, m_item, RANK, R_PAD)
@@ -155,7 +156,7 @@ def project_kernel(
         i_d = i_split * COLUMNS + i
         b_x = load_rows(p_x, stride, o_row, m_row, i_d, DIM, BD)
         b_matrix = load_matrix(p_matrix, i_d, DIM, COUNT, C, BD)
-        b_sum = matmul(b_x, b_matrix.T, b_sum)
+        b_sum = add_matmul(b_x, b_matrix.T, b_sum, length)
     items = (tl.num_programs(0) // tl.cdiv(length, BT)).to(tl.int64) * length
     store_low(p_partial + i_split * items * COUNT, b_sum, o_item, m_item, COUNT, C)
 

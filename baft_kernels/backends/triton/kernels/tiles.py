@@ -125,6 +125,19 @@ def matmul(b_a, b_b, b_sum):
 
 
 @triton.jit
+def add_matmul(b_a, b_b, b_sum, length):
+    """``b_sum + a b`` of one block of many: a product of float32 is summed up by itself before it is added.
+
+    One chain of additions over all blocks would lose more than plain torch does, which adds up parts. The compiler
+    would make such a chain of it if it knew that the product begins at zeros: that no ``length`` is negative.
+    """
+    if b_a.dtype == tl.float32:
+        b_zero = tl.zeros(b_sum.shape, tl.float32) + tl.where(length < 0, 1.0, 0.0)
+        return b_sum + matmul(b_a, b_b, b_zero)
+    return matmul(b_a, b_b, b_sum)
+
+
+@triton.jit
 def narrow(b_x, dtype: tl.constexpr):
     """``b_x`` as operand of a product. float16 saturates: an infinity would make NaN of every zero that it meets."""
     if dtype == tl.float16:
