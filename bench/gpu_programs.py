@@ -1,17 +1,15 @@
-"""What bench/gpu_suite.py runs, each program in a process of its own: ``python bench/gpu_programs.py NAME ...``."""
+"""What bench/gpu_suite.py runs, each program in a process of its own: ``python bench/gpu_programs.py NAME ...``.
+
+Its tests are run by gpu_tests.py.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import runpy
-import signal
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,14 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from variants import Case, draw, fused_backends  # noqa: E402
 
-from baft_kernels import baft, baft_, grouped_baft  # noqa: E402
+from baft_kernels import (  # noqa: E402
+    baft,
+    baft_,
+    grouped_baft,
+    orthonormal_basis,
+    orthonormality_error,
+    retract_all_,
+)
 
 MARK = "NUMBERS "  # stands before the JSON that they print for the suite
 NOBODY = "no fused backend serves here; python -m baft_kernels.info says why"
@@ -35,61 +40,39 @@ REPEATED = (
 )
 
 
-def tests(reports: str) -> None:
-    """pytest in as many processes as there are processors, since most of the time goes into compiling.
-
-    Each has its share of the tests, and writes what came of them to a file in ``reports``, even if it is stopped.
-    """
-    folder = ROOT / "tests"
-    files = [*sorted(folder.glob("test_triton*.py")), folder / "test_gpu.py", folder / "test_gpu_engine.py"]
-    count = min(16, os.cpu_count() or 1)
-    options = "-v --tb=short -p no:cacheprovider -o faulthandler_timeout=60".split()
-    command = [sys.executable, "-m", "pytest", *options]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--shard={index}/{count}", f"--junitxml={reports}/{index}.xml", *map(str, files)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(count)
-    ]  # fmt: skip
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only they are to stop
-
-    def relay(index: int) -> int:
-        for line in processes[index].stdout or ():
-            sys.stdout.write(f"{index}: {line}")
-        return processes[index].wait()
-
-    with ThreadPoolExecutor(count) as pool:
-        ends = dict(enumerate(pool.map(relay, range(count))))
-    if bad := {index: end for index, end in ends.items() if end not in (0, 5)}:  # 5: none of the tests was its
-        sys.exit(f"exit status of pytest by process: {bad}")
-
-
-def few_calls() -> None:
-    """Every pair of eight choices, in sixteen of their combinations; and each call in place, too."""
-    counts: Counter[str] = Counter()
+def few_calls(backend: str) -> None:
+    """Every pair of eight choices, in sixteen of their combinations; each call in place, too; and retractions."""
+    count = 0
     for a, b, c, common in itertools.product((0, 1), repeat=4):
-        # Of the widths that models have, one; few rows and many have kernels of their own.
-        rows, d = ((3, 50)[a], 768) if common else ((1, 17)[a], (96, 130)[b])
+        # Of the widths that models have, a narrow and a wide one; few rows and many have kernels of their own.
+        rows, d = ((3, 50)[a], (768, 4096)[b]) if common else ((1, 17)[a], (96, 130)[b])
         case = Case(rows, d, (3, 16)[c], (torch.float32, torch.bfloat16)[a ^ b], training=True)
         gate_fn, listed, grouped = ("sigmoid", "softmax")[b ^ c], a ^ c, a ^ b ^ c
         h, parameters = _arguments(2, case)
+        if backend not in fused_backends(h, case.r):
+            continue
         every_third = torch.arange(0, case.rows, 3) if listed else torch.arange(2 * case.rows).view(2, -1) % 3 == 0
         sets = [torch.stack([value, value]).detach().requires_grad_() for value in parameters]
-        for backend in fused_backends(h, case.r):
-            print(f"{backend}: {case.name} {gate_fn}{' listed' * listed}{' grouped' * grouped}")
-            options = {"gate_fn": gate_fn, "positions": every_third.to(h.device), "backend": backend}
-            results = [baft_(h.clone(), *parameters, **options)]
-            if grouped:
-                results += _results(grouped_baft, h, sets, adapter_ids=torch.tensor([1, 0], device=h.device), **options)
-            else:
-                results += _results(baft, h, parameters, **options)
-            if not all(bool(result.isfinite().all()) for result in results):
-                sys.exit(f"{backend}: not finite: {case.name}")
-            counts[backend] += 1
-    _print_numbers(calls=counts)
-    if not counts:
+        print(f"{backend}: {case.name} {gate_fn}{' listed' * listed}{' grouped' * grouped}")
+        options = {"gate_fn": gate_fn, "positions": every_third.to(h.device), "backend": backend}
+        results = [baft_(h.clone(), *parameters, **options)]
+        if grouped:
+            results += _results(grouped_baft, h, sets, adapter_ids=torch.tensor([1, 0], device=h.device), **options)
+        else:
+            results += _results(baft, h, parameters, **options)
+        if not all(bool(result.isfinite().all()) for result in results):
+            sys.exit(f"{backend}: not finite: {case.name}")
+        count += 1
+    _print_numbers(calls=count)
+    if not count:
         sys.exit(NOBODY)
+    print(f"{backend}: retraction")
+    bases = [
+        orthonormal_basis(r, d, device=device()).mul_(1.01) for r, d in ((3, 96), (12, 768), (16, 4096), (64, 130))
+    ]
+    retract_all_(bases, backend=backend)
+    if any(orthonormality_error(basis) > 1e-5 for basis in bases):
+        sys.exit(f"{backend}: bases that were retracted aren't orthonormal")
 
 
 def repeated_calls(launches: str) -> None:
@@ -139,7 +122,7 @@ def _print_numbers(**numbers: Any) -> None:
 
 
 PROGRAMS: dict[str, Callable[..., None]] = {
-    program.__name__: program for program in (tests, few_calls, repeated_calls, script)
+    program.__name__: program for program in (few_calls, repeated_calls, script)
 }
 
 

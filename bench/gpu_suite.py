@@ -5,10 +5,13 @@
     python bench/gpu_suite.py --rehearse               the same steps without a GPU, at tiny sizes
 
 Each step's commands are processes of their own, with a limit of time: what crashes, hangs or spoils its CUDA context
-takes no other step along, and what can't run here says why. bench/results/gpu_suite_GPU.json has every step's status
-and numbers, written anew after each; gpu_suite_GPU.log has the whole output. Exit status 0: none failed or timed out.
+takes no other step along, and what can't run here says why. Three files come of it, in bench/results or in --out:
+gpu_suite_GPU.json has every step's status and numbers, written anew after each; gpu_suite_GPU.log the whole output;
+gpu_suite_GPU.zip the files that the benchmarks save. Exit status 0: none failed or timed out.
 
-It runs from a plain checkout, nothing installed; one without git says its commit in BAFT_COMMIT.
+It runs from a plain checkout, baft-kernels not installed; one without git says its commit in BAFT_COMMIT. The CUDA
+kernels are built for this GPU, by nvcc, unless a baft_kernels/_cuda.abi3.so is there that was built from these sources,
+here or elsewhere: copy it along, and the minute that nvcc takes is left for the rest.
 """
 
 from __future__ import annotations
@@ -28,13 +31,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -66,6 +68,9 @@ class Skipped(Failed):
 
 
 BAD = (Failed.status, TimedOut.status)
+REHEARSED = "a rehearsal runs nothing on a GPU"
+GPU_BACKENDS = ("cuda", "triton")
+UP_TO_DATE = "is up to date"  # what setup.py says of a library that needn't be built
 
 
 # -- commands --
@@ -98,7 +103,7 @@ class Stage:
         begin = self.log.stat().st_size
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                arguments, cwd=ROOT, env=_environment() | environment,
+                arguments, cwd=ROOT, env=_environment(self.rehearsal) | environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
@@ -116,6 +121,10 @@ class Stage:
     def program(self, name: str, *arguments: object, under: Sequence[str] = (), **environment: str) -> None:
         """Run a program of gpu_programs.py, under a tool perhaps."""
         self.run(*under, PYTHON, HERE / "gpu_programs.py", name, *arguments, **environment)
+
+    def backend(self, name: str) -> str:
+        """What stands in for a GPU's backend in a rehearsal."""
+        return "cpu" if self.rehearsal else name
 
     def note(self, text: str) -> None:
         with self.log.open("a") as log:
@@ -139,12 +148,15 @@ def _reason(status: int, output: str) -> str:
     return f"{signal.Signals(-status).name} after: {gist(before)}"
 
 
-def _environment() -> dict[str, str]:
-    """For commands: this checkout's packages, output as it comes, and a build that fails if it can't be made."""
+def _environment(rehearsal: bool) -> dict[str, str]:
+    """For commands: this checkout's packages, output as it comes, and a build of what runs here, which must succeed."""
     folders = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "200", "BAFT_BUILD_CPU": "1"}
-    if shutil.which("nvcc"):
-        settings["BAFT_BUILD_CUDA"] = "1"
+    settings = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "200"}
+    if rehearsal:
+        settings |= {"BAFT_BUILD_CPU": "1", "BAFT_BUILD_CUDA": "0"}
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        settings |= {"BAFT_BUILD_CPU": "0", "BAFT_BUILD_CUDA": "1", "BAFT_CUDA_ARCHITECTURES": f"{major}{minor}a"}
     return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(folders)}
 
 
@@ -160,8 +172,27 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 # -- the steps: each returns a line that sums it up, or raises Failed --
 
 
+def build(stage: Stage) -> str:
+    """The CUDA kernels, in place, unless they are there; in a rehearsal, those for the CPU."""
+    command = (PYTHON, "setup.py", "build_ext", "--inplace")
+    stage.run(*command)
+    if UP_TO_DATE not in stage.output:
+        return "built in place"
+    try:
+        stage.run(PYTHON, "-c", "import torch, baft_kernels._cuda")
+    except Failed as end:
+        stage.note(f"The library that is there doesn't load: {end}")
+        stage.run(*command, "--force")
+        return f"built in place, since the one that was there doesn't load: {end}"
+    return "not built: a library of these sources is there already"
+
+
 def machine(stage: Stage) -> str:
-    """What there is: versions, which backends are usable, the GPU with its driver, clocks and temperature."""
+    """What there is: versions, which backends are usable, the GPU with its driver, clocks and temperature.
+
+    Raises:
+        Failed: if a GPU's backend isn't usable, for then most of the other steps say nothing of it.
+    """
     stage.numbers["capability"] = None if stage.rehearsal else torch.cuda.get_device_capability()
     stage.run(PYTHON, "-m", "baft_kernels.info", "--json")
     info = stage.numbers["info"] = json.loads(stage.output[stage.output.index("{") : stage.output.rindex("}") + 1])
@@ -170,66 +201,61 @@ def machine(stage: Stage) -> str:
         if shutil.which(tool):
             stage.run(tool, *arguments.split())
             stage.numbers[tool] = stage.output.splitlines()
+    for backend in () if stage.rehearsal else GPU_BACKENDS:
+        if (reason := info["backends"][backend]["reason"]) is not None:
+            raise Failed(f"{backend} isn't usable: {reason}")
     return ", ".join(f"{what} {info['versions'][what]}" for what in ("python", "torch", "triton", "cuda"))
 
 
-def build(stage: Stage) -> str:
-    """The C++ and CUDA kernels, in place; what hasn't changed isn't compiled again."""
-    stage.run(PYTHON, "setup.py", "build_ext", "--inplace")
-    return "built in place"
+def tests(expression: str, names: Sequence[str], stage: Stage) -> str:
+    """The GPU backends' tests, on this machine's GPU: those in the files ``names`` that match ``expression``.
 
+    In a rehearsal only the last file's: without a GPU the others take long, or are skipped.
+    """
+    from gpu_tests import counted  # here, since it imports pytest
 
-def correctness(stage: Stage) -> str:
-    """The GPU backends' tests, on this machine's GPU."""
+    folder = stage.scratch / f"tests {expression}"
+    folder.mkdir()
     ended: Failed | None = None
     try:
-        stage.program("tests", stage.scratch)
+        files = [ROOT / "tests" / name for name in (names[-1:] if stage.rehearsal else names)]
+        stage.run(PYTHON, HERE / "gpu_tests.py", folder, expression, *files)
     except Failed as end:
         ended = end
-    stage.numbers |= counted(stage.scratch.glob("*.xml"))
+    stage.numbers |= counted(folder.glob("*.jsonl"))
     counts = ", ".join(f"{stage.numbers[what]} {what}" for what in ("passed", "failed", "skipped"))
+    if missing := sorted(set(re.findall(r"could not import '(\w+)'", str(stage.numbers["reasons to skip"])))):
+        counts += f", some for want of {' and '.join(missing)}"
     if ended is not None:
         raise type(ended)(f"{counts}; {ended}")
-    if not stage.numbers["passed"]:
-        raise Failed(counts)
+    if stage.rehearsal and not stage.numbers["failed"] + stage.numbers["passed"]:
+        raise Skipped(REHEARSED)
+    if stage.numbers["failed"] or not stage.numbers["passed"]:
+        raise Failed("; ".join([counts, *(f"{test}: {why}" for test, why in stage.numbers["failures"].items())][:2]))
     return counts
 
 
-def counted(reports: Iterable[Path]) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped; what each failure raised; the reasons for skipping."""
-    passed = 0
-    failures: dict[str, str] = {}
-    reasons: Counter[str] = Counter()
-    for test in (test for path in reports for test in ElementTree.parse(path).findall(".//testcase")):
-        problems, skips = [*test.findall("failure"), *test.findall("error")], test.findall("skipped")
-        passed += not problems and not skips
-        for problem in problems:
-            raised = [line[1:].strip() for line in (problem.text or "").splitlines() if line.startswith("E ")]
-            failures[f"{test.get('classname')}::{test.get('name')}"] = (raised or [problem.get("message", "")])[0]
-        reasons.update(skip.get("message", "") for skip in skips)
-    counts = {"passed": passed, "failed": len(failures), "skipped": sum(reasons.values())}
-    return {**counts, "failures": failures, "reasons to skip": dict(reasons)}
+def calls(backend: str, stage: Stage) -> str:
+    """A few calls of every kind: do they come to an end, with finite results?"""
+    stage.program("few_calls", stage.backend(backend))
+    return f"{stage.numbers['calls']} combinations"
 
 
-def calls(stage: Stage) -> str:
-    """A few calls of every kind on every backend that serves: do they come to an end, with finite results?"""
-    stage.program("few_calls")
-    return ", ".join(f"{count} on {backend}" for backend, count in stage.numbers["calls"].items())
-
-
-def sanitizer(tool: str, stage: Stage) -> str:
-    """The same calls, watched. By now Triton has compiled all that they need, which would take long under a tool."""
+def sanitizer(tool: str, backend: str, stage: Stage) -> str:
+    """The same calls, watched. What Triton needs for them it has compiled by now: under a tool that would take long."""
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *sorted(glob.glob("/usr/local/cuda*"))]
     folders = [os.environ.get("PATH", ""), *(f"{toolkit}/bin" for toolkit in toolkits if toolkit)]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if program is None or stage.rehearsal:
-        raise Skipped("a rehearsal runs nothing on a GPU" if program else "compute-sanitizer not found")
+        raise Skipped(REHEARSED if program else "compute-sanitizer not found")
     # torch asks the driver for functions that it may lack: errors of the API aren't ours. Without torch's cache each
     # tensor is an allocation of its own, so that what is read past its end is seen.
     options = ["--report-api-errors", "no", "--target-processes", "application-only", "--launch-timeout", "0"]
     found: list[tuple[str, str]] = []
     try:
-        stage.program("few_calls", under=[program, "--tool", tool, *options], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        stage.program(
+            "few_calls", backend, under=[program, "--tool", tool, *options], PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        )
     except Failed:
         if "Device not supported" in stage.output:
             raise Skipped("compute-sanitizer doesn't support this device") from None
@@ -257,7 +283,7 @@ def roofline(name: str, arguments: str, stage: Stage) -> str:
     rows = stage.numbers["rows"] = json.loads((stage.results / f"{name}.json").read_text())["rows"]
     wrong = [f"{row['variant']}: {row['problem']}" for row in rows if row["problem"]]
     if wrong:
-        raise Failed(f"{len(wrong)} wrong results, the first of {wrong[0]}")
+        raise Failed(f"{len(wrong)} without a time, the first {wrong[0]}")
     copies = {str(row["case"]): row["seconds"]["median"] for row in rows if row["variant"] == "copy"}
     shares: dict[str, list[float]] = {}
     for row in rows:
@@ -273,9 +299,15 @@ def retraction(stage: Stage) -> str:
     tiny = "--d 64 --r 4 --rounds 1".split() if stage.rehearsal else []
     stage.program("script", "retraction.py", stage.results, *tiny)
     path = stage.results / f"retraction_{device().type}.json"
-    rows = stage.numbers["rows"] = json.loads(path.read_text())["rows"]
+    found = json.loads(path.read_text())
+    rows, together = stage.numbers["rows"], stage.numbers["rows_of_layers"] = found["rows"], found["rows_of_layers"]
     ratios = [row["theirs"]["median"] / row["ours"]["median"] for row in rows]
-    return f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as torch's parametrization"
+    longest: dict[str, float] = {}
+    for row in together:
+        longest[row["backend"]] = max(row["seconds"]["median"] * 1e6, longest.get(row["backend"], 0.0))
+    of_layers = ", ".join(f"{backend} {micro:,.0f} µs at most" for backend, micro in longest.items())
+    ours = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as torch's parametrization"
+    return f"{ours}; {found['layers']} layers at once: {of_layers}"
 
 
 def edit_throughput(stage: Stage) -> str:
@@ -316,14 +348,23 @@ class Step(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
+TRITON_TESTS = tuple(f"test_triton{part}.py" for part in ("", "_forward", "_backward", "_grouped", "_retraction"))
 STEPS = (
+    Step("build", 60, build, ("setuptools",)),
     Step("machine", 15, machine),
-    Step("build", 75, build, ("setuptools",)),
-    Step("correctness", 180, correctness, ("pytest",)),
-    Step("calls", 40, calls),
-    Step("memcheck", 30, partial(sanitizer, "memcheck")),
-    Step("synccheck", 25, partial(sanitizer, "synccheck")),
-    Step("racecheck", 30, partial(sanitizer, "racecheck")),
+    # The CUDA kernels first: they needn't be compiled here, and no interpreter has run what nvcc made of them.
+    Step("calls_cuda", 20, partial(calls, "cuda")),
+    Step("tests_cuda", 90, partial(tests, "cuda", ("test_gpu.py", "test_gpu_engine.py")), ("pytest",)),
+    Step("memcheck", 30, partial(sanitizer, "memcheck", "cuda")),
+    Step("synccheck", 25, partial(sanitizer, "synccheck", "cuda")),
+    Step("racecheck", 30, partial(sanitizer, "racecheck", "cuda")),
+    Step("calls_triton", 40, partial(calls, "triton")),
+    Step(
+        "tests_triton",
+        100,
+        partial(tests, "not cuda", ("test_gpu.py", "test_gpu_engine.py", *TRITON_TESTS)),
+        ("pytest",),
+    ),
     Step("repeat", 20, repeat),
     Step("roofline", 30, partial(roofline, "roofline", "--r 16 --no-compile"), ("rich", "matplotlib")),
     Step("roofline_ranks", 45, partial(roofline, "roofline_ranks", "--r 8 32 --no-compile"), ("rich", "matplotlib")),
@@ -332,6 +373,7 @@ STEPS = (
     Step("edit_slots", 40, edit_slots, ("rich", "transformers", "yaml", "pydantic")),
     # The rivals' own compiling takes longest, and what is above doesn't need it.
     Step("roofline_compiled", 40, partial(roofline, "roofline_compiled", "--r 16"), ("rich", "matplotlib")),
+    Step("memcheck_triton", 30, partial(sanitizer, "memcheck", "triton")),
 )
 
 
@@ -364,10 +406,12 @@ def suite(options: argparse.Namespace, scratch: Path) -> int:
         gpu, title = "rehearsal", "A rehearsal without a GPU: no figure here is a GPU's"
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    log, saved = (out / f"gpu_suite_{gpu}.{kind}" for kind in ("log", "json"))
+    log, saved, packed = (out / f"gpu_suite_{gpu}.{kind}" for kind in ("log", "json", "zip"))
     log.write_text(f"{title}\n")
     print(title)
-    stage = Stage(gpu, options.rehearse, log, scratch if options.rehearse else out, scratch)
+    made = scratch / "results"
+    made.mkdir()
+    stage = Stage(gpu, options.rehearse, log, made, scratch)
     steps = [step for step in STEPS if step.name in options.only]
     results: list[dict[str, Any]] = [{"step": step.name, "status": "not finished"} for step in steps]
     end = time.monotonic() + options.limit
@@ -377,11 +421,12 @@ def suite(options: argparse.Namespace, scratch: Path) -> int:
         begin = time.monotonic()
         stage.deadline = begin + (end - begin) * step.part / sum(later.part for later in steps[number:])
         results[number] = result_of(step, stage) | {"seconds": round(time.monotonic() - begin, 1)}
-        print(results[number]["status"])
+        pack(made, packed)
+        print(results[number]["status"], "" if results[number]["status"] == "passed" else results[number]["summary"])
     save({"title": title, **about, "steps": results}, saved)
     table = "\n".join(f"{r['step']:<17} {r['status']:<10} {r['seconds']:6.1f} s  {r['summary']}" for r in results)
     stage.note(table)
-    print(f"\n{table}\n\nSaved: {saved} and {log}")
+    print(f"\n{table}\n\nSaved: {saved}, {log} and {packed}")
     return int(any(result["status"] in BAD for result in results))
 
 
@@ -389,6 +434,15 @@ def save(results: dict[str, Any], path: Path) -> None:
     """Replace the file at once: whenever the suite is killed, it is whole."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(path)
+
+
+def pack(folder: Path, path: Path) -> None:
+    """All files of a folder in one, likewise: where results are copied from a machine, few may be."""
+    new = path.with_suffix(".new")
+    with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
     new.replace(path)
 
 

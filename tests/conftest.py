@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import random
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,24 +26,6 @@ with contextlib.suppress(ImportError):
     # The same examples in every run, and no time limit for one of them: the first call of a torch op can be slow.
     settings.register_profile("repeatable", derandomize=True, deadline=None)
     settings.load_profile("repeatable")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", metavar="I/N", help="run only the I-th of N parts of the tests, I from 0")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (shard := config.getoption("--shard")) is None:
-        return
-    index, count = map(int, shard.split("/"))
-
-    def part(item: pytest.Item) -> int:
-        # Tests that differ only in their number of rows use the same compiled kernels.
-        callspec = getattr(item, "callspec", None)
-        parameters = {} if callspec is None else {k: v for k, v in callspec.params.items() if k != "rows"}
-        return zlib.crc32(f"{item.nodeid.partition('[')[0]} {parameters}".encode()) % count
-
-    items[:] = [item for item in items if part(item) == index]
 
 
 @pytest.fixture(autouse=True)

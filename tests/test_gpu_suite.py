@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,11 +19,16 @@ HANGS = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).p
 
 @pytest.fixture(scope="module")
 def gpu_suite() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench/gpu_suite.py"
-    spec = importlib.util.spec_from_file_location("gpu_suite", path)
+    return script("gpu_suite")
+
+
+def script(name: str) -> ModuleType:
+    """A file of bench/."""
+    path = Path(__file__).parents[1] / f"bench/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = module  # where its dataclasses are looked up
+    sys.modules[name] = module  # where its dataclasses are looked up
     spec.loader.exec_module(module)
     return module
 
@@ -83,29 +91,73 @@ def test_what_cannot_run_says_why(gpu_suite: ModuleType, tmp_path: Path, monkeyp
     monkeypatch.setattr(gpu_suite.glob, "glob", lambda pattern: [])
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    ended = result(gpu_suite, tmp_path, lambda stage: gpu_suite.sanitizer("memcheck", stage))
+    ended = result(gpu_suite, tmp_path, lambda stage: gpu_suite.sanitizer("memcheck", "cuda", stage))
     assert (ended["status"], ended["summary"]) == ("skipped", "compute-sanitizer not found")
     ended = result(gpu_suite, tmp_path, lambda stage: stage.nonsense)
     assert ended["status"] == "failed" and "nonsense" in ended["summary"]
 
 
-REPORT = """<testsuites><testsuite>
-<testcase classname="a" name="passes"/>
-<testcase classname="a" name="fails"><failure message="long">a = 1
-E   AssertionError: out: too far off
-E     more</failure></testcase>
-<testcase classname="" name="b"><error message="collection failure">E   ImportError: no b</error></testcase>
-<testcase classname="a" name="waits"><skipped message="no GPU"/></testcase>
-</testsuite></testsuites>"""
+TESTS = """
+import os, time
+import pytest
+
+def test_passes(): pass
+def test_fails(): assert 1 == 2, "too far off"
+def test_waits(): pytest.skip("no GPU")
+def test_dies(): os.abort()
+def test_hangs(): time.sleep(60)
+def test_spoils(monkeypatch):
+    import gpu_tests
+    gpu_tests._what_spoiled_the_context = lambda: "CUDA error: an illegal memory access was encountered"
+def test_passes_too(): pass
+def test_is_not_asked_for(): assert False
+"""
 
 
-def test_what_the_tests_report(gpu_suite: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "0.xml").write_text(REPORT)
-    (tmp_path / "1.xml").write_text("<testsuites><testsuite><testcase name='other'/></testsuite></testsuites>")
-    assert gpu_suite.counted(tmp_path.glob("*.xml")) == {
-        "passed": 2,
-        "failed": 2,
-        "skipped": 1,
-        "failures": {"a::fails": "AssertionError: out: too far off", "::b": "ImportError: no b"},
-        "reasons to skip": {"no GPU": 1},
+@pytest.mark.slow
+def test_tests_go_on_behind_what_crashes_hangs_or_spoils_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_tests = script("gpu_tests")
+    monkeypatch.setattr(gpu_tests, "SECONDS_PER_TEST", 5.0)
+    monkeypatch.setattr(gpu_tests, "MOST_SHARDS", 2)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(gpu_tests.signal, "signal", lambda *_: None)
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_package")
+    (tmp_path / "test_wanting.py").write_text("import pytest; pytest.importorskip('no_such_package')")
+    gpu_tests.main(
+        str(tmp_path), "not asked", *(str(tmp_path / f"test_{name}.py") for name in ("some", "broken", "wanting"))
+    )
+    found = gpu_tests.counted(tmp_path.glob("*.jsonl"))
+    reasons = found.pop("reasons to skip")
+    assert {name.rpartition("/")[2].rpartition("::")[2]: why for name, why in found.pop("failures").items()} == {
+        "test_fails": "AssertionError: too far off",
+        "test_dies": "its process ended: SIGABRT",
+        "test_hangs": "it took more than 5 s",
+        "test_spoils": "CUDA error: an illegal memory access was encountered",
+        "test_broken.py": "ModuleNotFoundError: No module named 'no_such_package'",
     }
+    assert found == {"passed": 2, "failed": 5, "skipped": 2, "cut off": []}
+    assert "no GPU" in reasons and any("could not import 'no_such_package'" in reason for reason in reasons)
+
+
+def test_what_is_cut_off_is_neither_passed_nor_failed(tmp_path: Path) -> None:
+    gpu_tests = script("gpu_tests")
+    for test, outcome in (("a", "begun"), ("a", "passed"), ("b", "begun")):
+        gpu_tests._write(tmp_path / "0.jsonl", test, outcome)
+    found = gpu_tests.counted([tmp_path / "0.jsonl", tmp_path / "1.jsonl"])
+    assert (found["passed"], found["failed"], found["cut off"]) == (1, 0, ["b"])
+
+
+@pytest.mark.slow
+def test_a_rehearsal_goes_through_all_steps(tmp_path: Path) -> None:
+    """Nothing fails but for want of time, and three files come of it."""
+    suite = Path(__file__).parents[1] / "bench/gpu_suite.py"
+    done = subprocess.run([sys.executable, suite, "--rehearse", "--out", tmp_path], capture_output=True, text=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"gpu_suite_rehearsal.{kind}" for kind in ("log", "json", "zip")
+    }
+    steps = json.loads((tmp_path / "gpu_suite_rehearsal.json").read_text())["steps"]
+    assert [(step["step"], step["summary"]) for step in steps if step["status"] == "failed"] == [], done.stdout
+    assert done.returncode == 0, done.stdout
