@@ -210,8 +210,8 @@ def test_only_what_is_edited_in_contradicts() -> None:
     found = conflicts(requests)
     assert can_hold(found, range(4)) == [3]
     assert can_hold(found, range(3)) == can_hold(found, [0, 1, 2]) == [0, 2]  # before it came to the last one
-    assert can_hold(found, range(4), diverged={3}) == [0, 2, 3]
-    assert can_hold(found, [0, 1], diverged={1}) == [0, 1]
+    assert can_hold(found, range(4), given_up={3}) == [0, 2, 3]
+    assert can_hold(found, [0, 1], given_up={1}) == [0, 1]
     assert conflicts([ASKED[0], ASKED[0].model_copy(update={"prompt": f"{ASKED[0].prompt} "})]) == []
 
 

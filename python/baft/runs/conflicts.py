@@ -28,15 +28,15 @@ def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
     return found
 
 
-def can_hold(found: Sequence[dict[str, Any]], done: Sequence[int], diverged: Collection[int] = ()) -> list[int]:
+def can_hold(found: Sequence[dict[str, Any]], done: Sequence[int], given_up: Collection[int] = ()) -> list[int]:
     """Those of the edits that are ``done``, in order, that no later one of them contradicts.
 
     Args:
         found: what ``conflicts`` returned.
         done: positions of requests.
-        diverged: positions of those that were given up: not edited in, they contradict nobody.
+        given_up: positions of those that were: not edited in, they contradict nobody.
     """
-    edited = {*done}.difference(diverged)
+    edited = {*done}.difference(given_up)
     superseded = set()
     for conflict in found:
         asked = zip(conflict["positions"], map(normalise, conflict["targets"]), strict=True)

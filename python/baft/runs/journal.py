@@ -269,7 +269,7 @@ class Journal:
         """Positions of the requests that are done, in order."""
         return [position for (position,) in self._rows("SELECT position FROM edits ORDER BY position")]
 
-    def diverged(self) -> set[int]:
+    def given_up(self) -> set[int]:
         """Positions of those that were given up, if for want of memory, and aren't edited in."""
         rows = self._rows(
             "SELECT position FROM edits "

@@ -60,7 +60,7 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
     if not edits:
         raise ValueError(f"{journal.path}: expected a run with edits, got one that has none yet")
     done = journal.positions()
-    superseded = {*done}.difference(can_hold(known["conflicts"], done, journal.diverged()))
+    superseded = {*done}.difference(can_hold(known["conflicts"], done, journal.given_up()))
     mode = known["protocol"]["mode"]
     final = summarise(journal.measured("final", without=superseded))
     return {

@@ -147,7 +147,7 @@ def _measure(context: RunContext) -> None:
     """Ask about what was edited, with all edits on; what was asked already isn't asked again."""
     wanted = {*(done := context.journal.positions())}
     if context.final is not None:
-        wanted = {*sample(can_hold(context.conflicts, done, context.journal.diverged()), context.final)}
+        wanted = {*sample(can_hold(context.conflicts, done, context.journal.given_up()), context.final)}
     left = [position for position in context.journal.unmeasured("final") if position in wanted]
     context.watcher.stage("measuring all edits at the end", len(wanted), len(wanted) - len(left))
     for group in in_groups(left):

@@ -74,7 +74,7 @@ class SequentialRun:
     def restore(self) -> int:
         """Bring the editor to where the journal ends; returns how many edits that took to make again."""
         context, journal = self._context, self._context.journal
-        done, diverged = journal.positions(), journal.diverged()
+        done, given_up = journal.positions(), journal.given_up()
         known = context.checkpoint(len(done) + len(journal.settling()))
         if journal.dropped():  # with it went the texts that were written in its company
             order = context.order()
@@ -86,7 +86,7 @@ class SequentialRun:
         if known:
             edits, self._settled = min(known.done, len(done)), max(known.done - len(done), 0)
             context.editor.load_state(known.state)
-            context.editor.edits = context.at([p for p in done[:edits] if p not in diverged])
+            context.editor.edits = context.at([p for p in done[:edits] if p not in given_up])
         again = done[edits:]
         if again:
             context.watcher.stage("going on: the edits since the checkpoint", len(again))
@@ -95,7 +95,7 @@ class SequentialRun:
                 curve, _ = self._train(record.index, again=True)
                 self._compare(f"edit {record.index}", curve, record.curve)
             context.watcher.advance()
-        self._given_up_in_a_row = len([*takewhile(diverged.__contains__, reversed(done))])
+        self._given_up_in_a_row = len([*takewhile(given_up.__contains__, reversed(done))])
         return len(again)
 
     def _compare(self, what: str, curve: Curve, earlier: Curve) -> bool:
@@ -255,7 +255,7 @@ class SequentialRun:
             return
         if context.journal.has_retention(done, self._settled):
             return
-        standing = can_hold(context.conflicts, order[:done], context.journal.diverged())
+        standing = can_hold(context.conflicts, order[:done], context.journal.given_up())
         chosen = context.at(sample(standing, context.retention.size))
         seconds = context.journal.totals()["seconds"] + sum(curve.seconds for curve in context.journal.settling())
         point = context.retention.measure(context.editor, chosen, done, self._settled, seconds)
