@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,31 @@ def test_it_loads_by_itself(library: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1
+
+
+def test_a_cuda_library_of_these_sources_is_not_built_again(tmp_path: Path) -> None:
+    """Not even where there is no nvcc; but one that was compiled otherwise is."""
+    if find_spec("baft_kernels._cuda") is None:
+        pytest.skip("baft_kernels._cuda isn't built")
+
+    def build(**settings: str) -> subprocess.CompletedProcess[str]:
+        asked = {
+            "BAFT_BUILD_CPU": "0",
+            "BAFT_BUILD_CUDA": "1",
+            "BAFT_CUDA_ARCHITECTURES": "90a",
+            "NVCC_APPEND_FLAGS": "",
+        }
+        nowhere = {"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+        folders = ["--build-lib", f"{tmp_path}/lib", "--build-temp", f"{tmp_path}/temp"]
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", *folders],
+            cwd=Path(__file__).parents[1], env=os.environ | asked | nowhere | settings, capture_output=True, text=True,
+        )  # fmt: skip
+
+    again = build()
+    assert again.returncode == 0 and "is up to date" in again.stderr, again.stderr
+    assert (tmp_path / "lib/baft_kernels/_cuda.abi3.so").exists()
+    for settings in ({"NVCC_APPEND_FLAGS": "-DOTHER"}, {"BAFT_CUDA_ARCHITECTURES": "80"}):
+        otherwise = build(**settings)
+        assert otherwise.returncode != 0 and "is up to date" not in otherwise.stderr
+    assert "expected some of 90a, 100a, got 80" in otherwise.stderr
