@@ -384,11 +384,11 @@ def test_its_neighbours_padding_stays_finite_too() -> None:
     bad = EditRequest(prompt=f"{poison(model, bos=False)} is", target="Ebor")
 
     def outcomes(model: PreTrainedModel, requests: Sequence[EditRequest]) -> list[EditOutcome]:
-        editor = editor_with(4, model, **SHORT)
+        with_bos = editor_with(4, model, **SHORT)
+        with_bos.remove()
         without_bos = BaftEditor(
-            model, tiny_tokenizer(bos=False), editor.config, unrelated=UNRELATED, options=EngineOptions(slots=4)
+            model, tiny_tokenizer(bos=False), with_bos.config, unrelated=UNRELATED, options=EngineOptions(slots=4)
         )
-        editor.remove()
         return edited(without_bos, requests)
 
     stopped, *others = outcomes(model, [bad, *REQUESTS[:3]])
