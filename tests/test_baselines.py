@@ -174,7 +174,9 @@ def test_the_base_model_comes_back_bit_for_bit(method: str) -> None:
     model = tiny_model()
     model.lm_head.weight.requires_grad_(False)  # as its owner left it
     weights, trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}, to_be_trained(model)
-    base = logits(editor_of("none", model))
+    unedited = editor_of("none", model)
+    base = logits(unedited)
+    unedited.remove()
     editor = editor_of(method, model)
     assert to_be_trained(model) == trained
     editor.edit(TWO)
