@@ -1,8 +1,8 @@
 """Is it right on this GPU, and how fast is it? One command, for a machine that one has for minutes only.
 
-    python bench/gpu_suite.py                          every step, in under eight minutes
-    python bench/gpu_suite.py --only machine calls     some of them
-    python bench/gpu_suite.py --rehearse               the same steps without a GPU, at tiny sizes
+    python bench/gpu_suite.py                              every step, in under eight minutes
+    python bench/gpu_suite.py --only machine calls_cuda    some of them
+    python bench/gpu_suite.py --rehearse                   the same steps without a GPU, at tiny sizes
 
 Each step's commands are processes of their own, with a limit of time: what crashes, hangs or spoils its CUDA context
 takes no other step along, and what can't run here says why. Three files come of it, in bench/results or in --out:
