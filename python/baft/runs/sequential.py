@@ -262,7 +262,7 @@ class SequentialRun:
         context.journal.add_retention(point)
         settled = ", settled" if self._settled else ""
         said = ", ".join(f"{measure} {value:.3f}" for measure, value in _measures(point))
-        context.watcher.say(f"after {done} edits{settled}: {said}")
+        context.watcher.say(f"after {done} edit{'s' if done > 1 else ''}{settled}: {said}")
         self._log_point(point)
 
     def _save(self, done: int, *, last: bool = False) -> None:
