@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny import REQUESTS, tiny_editor, tiny_model
 
 from baft import BaftEditor, EditRequest
@@ -94,3 +95,11 @@ def run_in(
         return run_edits(editor, requests, mode, plan=plan, folder=place, watcher=listener, log=figures)
     finally:
         place.close()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "sequential"
+    run_in(folder)
+    return folder

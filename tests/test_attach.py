@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,10 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DEPTH, FAMILIES, VOCABULARY, WIDTH, attach, random_interventions, tiny_model
+from looks import logits as logits_of
+from tiny import (
+    DEPTH,
+    FAMILIES,
+    REQUESTS,
+    UNRELATED,
+    VOCABULARY,
+    WIDTH,
+    attach,
+    random_interventions,
+    tiny_editor,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch import Tensor, nn
 
 from baft.attach import Attachment, find_blocks
+from baft.baselines.methods import METHODS, make_editor
 from baft.positions import Positions, PromptTokens
 from baft_kernels import BaftIntervention
 from baft_kernels.reference import GATE_FNS, baft_reference
@@ -320,3 +335,24 @@ def test_records_are_of_the_last_pass_and_only_of_edited_ones() -> None:
             logits(model, token_batch(1, 1))
     logits(model, token_batch(1, 1))
     assert records[1].weights.shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_has_an_editor_is_refused(method: str) -> None:
+    """It would take the first one's edits for the base model."""
+    model = tiny_model()
+    first = make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
+    base = logits_of(first)
+    with pytest.raises(ValueError, match=r"^model: expected one without an editor, got one .* remove\(\)"):
+        tiny_editor(model)
+    first.remove()
+    second = tiny_editor(model)
+    torch.testing.assert_close(logits_of(second), base)
+    second.edit(REQUESTS[:1])
+    edited = logits_of(second)
+    del second
+    gc.collect()  # and its edits stay
+    with pytest.raises(ValueError, match=r"^model: expected one without an editor"):
+        make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits, edited)

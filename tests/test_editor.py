@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch
 from looks import assert_same_state, logits, said, targets, trained_batches
-from tiny import REQUESTS, UNRELATED, WIDTH, tiny_editor, tiny_model, tiny_tokenizer
-from torch import Tensor
+from tiny import REQUESTS, WIDTH, tiny_editor, tiny_model, tiny_tokenizer
 
 from baft import BaftConfig, BaftEditor, EditRequest
-from baft.baselines.methods import METHODS, make_editor
 from baft.editing import Mode
 from baft.editor import EditOutcome
 from baft.engine.growth import set_new_gates
@@ -391,61 +388,6 @@ def test_a_state_is_a_copy() -> None:
     assert_same_state(state, kept)
 
 
-# -- where no unrelated texts are given, or few --
-
-
-def test_the_unedited_model_writes_unrelated_texts_itself() -> None:
-    def written(training: bool) -> dict[str, Tensor]:
-        model = tiny_model("opt", dropout=0.3).train(training)
-        config = BaftConfig(rank=2, layers=(1,), locality_weight=1.0, unrelated_per_step=2, max_steps=1)
-        editor = BaftEditor(model, tiny_tokenizer(), config)
-        editor.edit(TWO[:1])
-        return editor.state()
-
-    expected = written(training=False)
-    torch.rand(5)
-    assert_same_state(written(training=True), expected)
-
-
-def test_no_unrelated_texts_are_allowed_where_no_loss_looks_at_them() -> None:
-    config = BaftConfig(rank=2, layers=(1,), locality_weight=0.0, max_steps=1)
-    editor = BaftEditor(tiny_model(), tiny_tokenizer(), config, unrelated=[])
-    editor.edit(TWO[:1])  # with gates that were made for texts of the model's own
-
-
-def test_few_unrelated_texts_are_filled_up_with_what_the_model_writes_of_other_things() -> None:
-    editor = tiny_editor()
-    assert editor.unrelated_texts == (len(UNRELATED), 0)
-    editor.fill_unrelated(REQUESTS)
-    assert editor.unrelated_texts is not None
-    given, written = editor.unrelated_texts
-    assert given == len(UNRELATED) and 100 < written <= 256 - given
-    editor.edit(TWO[:1])
-    assert editor._trainer is not None
-    texts = editor._trainer.unrelated.texts
-    assert texts[:given] == tuple(UNRELATED) and len(texts) > 100
-    subjects = [request.subject for request in REQUESTS]
-    assert not [text for text in texts[given:] if any(subject and subject in text for subject in subjects)]
-
-
-def test_where_the_model_writes_of_nothing_but_the_edits_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BaftEditor, "_write_unrelated", lambda self, number: ["In Norland."] * number)
-    editor = tiny_editor()
-    editor.fill_unrelated(REQUESTS)
-    assert editor.unrelated_texts == (len(UNRELATED), 0)
-    editor = BaftEditor(tiny_model(), tiny_tokenizer(), BaftConfig(rank=2, layers=(1,)))
-    assert editor.unrelated_texts is None
-    editor.fill_unrelated(REQUESTS)
-    assert editor.unrelated_texts == (0, 256)
-
-
-def test_enough_unrelated_texts_are_left_as_they_are() -> None:
-    texts = [f"{number} is a number." for number in range(256)]
-    editor = BaftEditor(tiny_model(), tiny_tokenizer(), BaftConfig(rank=2, layers=(1,)), unrelated=texts)
-    editor.fill_unrelated(REQUESTS)
-    assert editor.unrelated_texts == (256, 0)
-
-
 # -- errors --
 
 
@@ -472,27 +414,6 @@ def test_an_editor_that_could_not_be_made_leaves_nothing_on_the_model() -> None:
         with pytest.raises(ValueError):
             tiny_editor(model, **changes)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_model_that_has_an_editor_is_refused(method: str) -> None:
-    """It would take the first one's edits for the base model."""
-    model = tiny_model()
-    first = make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
-    base = logits(first)
-    with pytest.raises(ValueError, match=r"^model: expected one without an editor, got one .* remove\(\)"):
-        tiny_editor(model)
-    first.remove()
-    second = tiny_editor(model)
-    torch.testing.assert_close(logits(second), base)
-    second.edit(TWO[:1])
-    edited = logits(second)
-    del second
-    gc.collect()  # and its edits stay
-    with pytest.raises(ValueError, match=r"^model: expected one without an editor"):
-        make_editor(method, model, tiny_tokenizer(), tiny_editor().config, unrelated=UNRELATED)
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=torch.tensor([[1, 20, 30, 40, 50]])).logits, edited)
 
 
 def test_an_unknown_mode() -> None:

@@ -505,23 +505,3 @@ def test_requests_that_diverge_in_a_row_are_counted_across_a_break(
         journal = Journal(tmp_path / "journal.sqlite", read_only=True)
         assert journal.positions() == [0, 1, 2, 3, 4]
         journal.close()
-
-
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    first = RunFolder(tmp_path)
-    with pytest.raises(ValueError, match="another process is at"):
-        RunFolder(tmp_path)
-    first.close()
-    RunFolder(tmp_path).close()
-
-
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="expected a new or empty folder"):
-        RunFolder(tmp_path)
-
-
-def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "journal.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(ValueError, match="expected a run's journal"):
-        Journal(tmp_path / "journal.sqlite")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, tiny_model, tiny_tokenizer
+from looks import assert_same_state
+from tiny import BOS, EOS, PAD, REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer
 from tokenizers import normalizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from baft import BaftConfig, BaftEditor, EditRequest
@@ -89,3 +91,58 @@ def test_a_model_that_writes_nothing_is_told(monkeypatch: pytest.MonkeyPatch) ->
         ValueError, match=r"^unrelated: expected texts, since the unedited model wrote none of its own$"
     ):
         editor.edit([EditRequest(prompt="Ada is", target="Bob")])
+
+
+# -- in an editor that was given none, or few --
+
+
+def test_the_unedited_model_writes_unrelated_texts_itself() -> None:
+    def written(training: bool) -> dict[str, Tensor]:
+        model = tiny_model("opt", dropout=0.3).train(training)
+        config = BaftConfig(rank=2, layers=(1,), locality_weight=1.0, unrelated_per_step=2, max_steps=1)
+        editor = BaftEditor(model, tiny_tokenizer(), config)
+        editor.edit(REQUESTS[:1])
+        return editor.state()
+
+    expected = written(training=False)
+    torch.rand(5)
+    assert_same_state(written(training=True), expected)
+
+
+def test_no_unrelated_texts_are_allowed_where_no_loss_looks_at_them() -> None:
+    config = BaftConfig(rank=2, layers=(1,), locality_weight=0.0, max_steps=1)
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(), config, unrelated=[])
+    editor.edit(REQUESTS[:1])  # with gates that were made for texts of the model's own
+
+
+def test_few_unrelated_texts_are_filled_up_with_what_the_model_writes_of_other_things() -> None:
+    editor = tiny_editor()
+    assert editor.unrelated_texts == (len(UNRELATED), 0)
+    editor.fill_unrelated(REQUESTS)
+    assert editor.unrelated_texts is not None
+    given, written = editor.unrelated_texts
+    assert given == len(UNRELATED) and 100 < written <= 256 - given
+    editor.edit(REQUESTS[:1])
+    assert editor._trainer is not None
+    texts = editor._trainer.unrelated.texts
+    assert texts[:given] == tuple(UNRELATED) and len(texts) > 100
+    subjects = [request.subject for request in REQUESTS]
+    assert not [text for text in texts[given:] if any(subject and subject in text for subject in subjects)]
+
+
+def test_where_the_model_writes_of_nothing_but_the_edits_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaftEditor, "_write_unrelated", lambda self, number: ["In Norland."] * number)
+    editor = tiny_editor()
+    editor.fill_unrelated(REQUESTS)
+    assert editor.unrelated_texts == (len(UNRELATED), 0)
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(), BaftConfig(rank=2, layers=(1,)))
+    assert editor.unrelated_texts is None
+    editor.fill_unrelated(REQUESTS)
+    assert editor.unrelated_texts == (0, 256)
+
+
+def test_enough_unrelated_texts_are_left_as_they_are() -> None:
+    texts = [f"{number} is a number." for number in range(256)]
+    editor = BaftEditor(tiny_model(), tiny_tokenizer(), BaftConfig(rank=2, layers=(1,)), unrelated=texts)
+    editor.fill_unrelated(REQUESTS)
+    assert editor.unrelated_texts == (256, 0)

@@ -46,8 +46,8 @@ class BaftConfig(BaseModel):
             depend on the input in many different ways, and at 0 generality loses but 0.01.
         rate_width: the width that both rates are for. In a model of width d they are multiplied by
             sqrt(rate_width / d), so that a step moves a basis vector as far there, at most by 0.064: as they are, a
-            first step would take 64 bases of width 4,096 too far from orthonormal ones for the fast
-            retraction. None takes the rates as they are.
+            first step would take 64 bases of width 4,096 too far from orthonormal ones for the fast retraction. None
+            takes the rates as they are.
         weight_decay: AdamW's.
         project_gradients: project the gradient of each basis to the tangent space before the step.
         append_eos: end each target with EOS, so that generation learns to stop after it.

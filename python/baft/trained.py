@@ -21,7 +21,7 @@ from baft.engine.encoding import Encoded, Encoder, in_chunks, known_ids, most_to
 from baft.engine.generation import force_answers, generate_texts
 from baft.engine.history import Chunks, History, latest
 from baft.engine.learner import DivergedError, Learner
-from baft.engine.modes import evaluating, frozen_for_editing
+from baft.engine.modes import frozen_for_editing
 from baft.engine.schedule import Curve, OnStep, consolidate, edit_batch, edit_next, settle
 from baft.engine.self_written import write_texts
 from baft.engine.surroundings import WRITTEN_AHEAD, Surroundings
@@ -108,8 +108,7 @@ class TrainedEditor(ABC):
         """
         given = list(self._unrelated or ())
         if len(given) < _ENOUGH:
-            with evaluating(self.model):
-                written = self._write_unrelated(_ENOUGH - len(given))
+            written = self._write_unrelated(_ENOUGH - len(given))
             subjects = {request.subject.casefold() for request in requests if request.subject}
             others = [text for text in written if not any(subject in text.casefold() for subject in subjects)]
             self._unrelated = given + (others if given else others or written)

@@ -59,9 +59,11 @@ def _lengths(
 ) -> Iterator[tuple[str, str, int, int]]:
     """Of each text that the model is asked to continue: what it is, itself, its tokens, and those that follow."""
     for question in questions(request):
-        asked, forced = len(encoder.prompt(question.prompt).ids), 0
         if question.answers:
-            forced = len(encoder.pair(question.prompt, question.answers[0], append_eos=False).ids) - asked
+            row = encoder.pair(question.prompt, question.answers[0], append_eos=False)
+        else:
+            row = encoder.prompt(question.prompt)
+        asked, forced = row.prompt_length, len(row.ids) - row.prompt_length
         yield f"the {question.measure} question", question.prompt, asked, max(answer_tokens, forced)
     for prompt in free_prompts(request) if fluency else ():
         yield "the text for fluency", prompt, len(encoder.prompt(prompt).ids), FREE_TOKENS

@@ -1,0 +1,76 @@
+"""A run's folder: one process at a time, and nothing but the run that it knows itself to be."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from baft.runs.environment import commit_of
+from baft.runs.folder import RunFolder
+from baft.runs.identity import differences, hash_of_model
+
+
+def test_differences_name_what_differs() -> None:
+    before = {"mode": "batch", "config": {"rank": 4, "layers": None}, "code": "abc"}
+    now = {"mode": "batch", "config": {"rank": 8, "layers": None}, "code": "abd"}
+    assert differences(before, now) == ["config.rank was 4 and is 8", 'code was "abc" and is "abd"']
+    assert differences(before, before) == []
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_code_is_that_of_its_own_checkout(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "code.py").write_text("x = 1\n")
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=Ann", "-c", "user.email=ann@example.org", "-c", "commit.gpgsign=false")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert commit_of(package) is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "something else")
+    assert commit_of(package) is None  # as an environment in a project's folder
+    git("add", ".")
+    git("commit", "-m", "code")
+    commit = git("rev-parse", "HEAD").strip()
+    assert commit_of(package) == commit
+    (package / "code.py").write_text("x = 2\n")
+    assert commit_of(package) == f"{commit}-dirty"
+
+
+def test_a_model_is_known_by_its_weights() -> None:
+    model = tiny_model()
+    known = hash_of_model(model)
+    assert hash_of_model(tiny_model()) == known
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        kept_bits = weight.clone()
+        weight[0, 0] += 1e-3
+        assert hash_of_model(model) != known
+        weight.copy_(kept_bits)
+        weight[[0, 1]] = weight[[1, 0]]  # the same numbers in other places
+        assert hash_of_model(model) != known
+        weight[[0, 1]] = weight[[1, 0]]
+    assert hash_of_model(model) == known
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="another process is at"):
+        RunFolder(tmp_path)
+    first.close()
+    RunFolder(tmp_path).close()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        RunFolder(tmp_path)
