@@ -12,7 +12,7 @@ from tiny import one_thread as one_thread
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from baft.engine import frozen
+from baft.engine import company
 from baft.engine.continuations import Continuations
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.grid import Grid
@@ -46,8 +46,9 @@ class Memory:
         options = EngineOptions(memory=memory)
         self.passes = Passes(self.model, self.attachment, ENCODER, POOL, self.surroundings, options)
         self.states = self.passes._frozen
+        self.company, self.loose = self.passes._company, self.passes._loose
         if together:
-            self.states._all_about = self.surroundings.all_about
+            self.company._all_about = self.surroundings.all_about
 
     @property
     def set_aside(self) -> int:
@@ -57,13 +58,13 @@ class Memory:
 
     def of(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
         """Of each text what the first edited block returns, and what the head is given, asked for in one step."""
-        head_inputs = self.states.head_input(texts).split([len(text.ids) for text in texts])
+        head_inputs = self.states.head_input(texts, self.company).split([len(text.ids) for text in texts])
         return list(zip(self.prefixes_of(texts), head_inputs, strict=True))
 
     def prefixes_of(self, texts: Sequence[Encoded]) -> list[Tensor]:
         """Of each text what the first edited block returns, and no more."""
         grid = self.passes._lay_out(texts)
-        prefix = self.states.prefix(texts, grid).flatten(0, 1)
+        prefix = self.states.prefix(texts, grid, self.company).flatten(0, 1)
         assert prefix.isfinite().all()
         return [prefix[grid.cells(k, 0, len(text.ids))] for k, text in enumerate(texts)]
 
@@ -416,7 +417,7 @@ def test_the_same_tokens_about_two_subjects_are_two_texts(monkeypatch: pytest.Mo
     memory = Memory()
     both = [Encoded(EDITS[0].ids, len(EDITS[0].ids), (0, 0), about=subject) for subject in ("Ada", "Ada Lund")]
     beside = {"Ada": [both[0], EDITS[1]], "Ada Lund": [both[1], EDITS[2]]}
-    monkeypatch.setattr(memory.states, "_all_about", beside.__getitem__)
+    monkeypatch.setattr(memory.company, "_all_about", beside.__getitem__)
     with watched(monkeypatch) as computed:
         memory.of([EDITS[0], *both])
     assert sorted(computed) == sorted([tokens(EDITS[0]), *(tokens(*group) for group in beside.values())])
@@ -426,9 +427,9 @@ def test_the_same_tokens_about_two_subjects_are_two_texts(monkeypatch: pytest.Mo
 
 
 def asked_together(memory: Memory, texts: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
-    head_inputs = memory.states.head_input(texts, together=True).split([len(text.ids) for text in texts])
+    head_inputs = memory.states.head_input(texts, memory.loose).split([len(text.ids) for text in texts])
     grid = memory.passes._lay_out(texts)
-    prefix = memory.states.prefix(texts, grid, together=True).flatten(0, 1)
+    prefix = memory.states.prefix(texts, grid, memory.loose).flatten(0, 1)
     prefixes = [prefix[grid.cells(k, 0, len(text.ids))] for k, text in enumerate(texts)]
     return list(zip(prefixes, head_inputs, strict=True))
 
@@ -444,9 +445,10 @@ def test_who_asks_for_texts_together_has_them_computed_at_once(monkeypatch: pyte
     for one, other in zip(found, expected, strict=True):
         for vectors, wanted in zip(one, other, strict=True):
             torch.testing.assert_close(vectors, wanted, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(frozen, "_TOGETHER", 2)
+    monkeypatch.setattr(company, "_TOGETHER", 2)
     with watched(monkeypatch) as computed:
-        Memory().states.prefix(EDITS, memory.passes._lay_out(EDITS), together=True)
+        memory = Memory()
+        memory.states.prefix(EDITS, memory.passes._lay_out(EDITS), memory.loose)
     assert computed == [tokens(*EDITS[:2]), tokens(EDITS[2])]
 
 

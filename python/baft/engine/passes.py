@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from baft import objective
 from baft.attach import Attachment, LayerRecord
 from baft.engine.buckets import rounded_up
+from baft.engine.company import Company, LooseCompany
 from baft.engine.divergence import divergence_in_pieces, rows_of_a_piece
 from baft.engine.encoding import Encoded, Encoder
 from baft.engine.frozen import FrozenStates
@@ -121,15 +122,12 @@ class Passes:
         self._why_alone = self._why_not_side_by_side() if options.side_by_side else "switched off"
         self._side_by_side = self._why_alone is None
         self._tokens = self._cells = 0
-        self._frozen = FrozenStates(
-            self._replay,
-            attachment,
-            self._lay_out,
-            unrelated.in_chunks(_COMPANY),
-            # A GPU computes a subject's texts as fast as one of them; a CPU does no more than what a step asks for.
-            surroundings.all_about if device_of(model).type == "cuda" else None,
-            options.memory,
+        # A GPU computes a subject's texts as fast as one of them; a CPU does no more than what a step asks for.
+        all_about = surroundings.all_about if device_of(model).type == "cuda" else None
+        self._company, self._loose = (
+            kind(unrelated.in_chunks(_COMPANY), all_about) for kind in (Company, LooseCompany)
         )
+        self._frozen = FrozenStates(self._replay, attachment, self._lay_out, self._company.frequent, options.memory)
 
     def refresh(self) -> bool:
         """Notice if the model's own weights have changed since it was last asked to; returns whether they have."""
@@ -167,11 +165,11 @@ class Passes:
         replayed = self.options.replay
         predictions = predictions and bool(unrelated)
         # Edits that share passes have given up on being the same bits whatever else is edited.
-        together = len({*sets}) > 1
+        company = self._loose if len({*sets}) > 1 else self._company
         # First: of what is computed for its prefix alone, the head's input isn't known.
         head_input = None
         if replayed and predictions:
-            head_input = self._frozen.head_input(unrelated, len(unrelated_cells), together=together)
+            head_input = self._frozen.head_input(unrelated, company, len(unrelated_cells))
         return PassInputs(
             grid=grid,
             answer_cells=sent_cells(
@@ -179,7 +177,7 @@ class Passes:
             ),
             edit_cells=sent_cells(_all_cells(grid, edits, 0)),
             unrelated_cells=unrelated_cells,
-            prefix=self._frozen.prefix(texts, grid, together=together) if replayed else None,
+            prefix=self._frozen.prefix(texts, grid, company) if replayed else None,
             head_input=head_input,
             unedited=None if replayed or not predictions else self._predictions(unrelated, len(unrelated_cells)),
         )
