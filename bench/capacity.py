@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "growth and load balancing": {**GROWTH, "balance_weight": 0.05},
     "load balancing, weight 0.05": {"balance_weight": 0.05},
     "contexts 4": {"contexts": 4},
+    "contexts 16": {"contexts": 16},
+    "contexts 64": {"contexts": 64},
     "smoothing 0.1": {"smoothing": 0.1},
     "smoothing 0.5": {"smoothing": 0.5},
 }
