@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from op_calls import AWKWARD_WIDTHS, Call, draw_call, draws
 from tolerance import Backend, assert_accurate, outputs_and_gradients
 from torch import Tensor
 
-from baft_kernels import BaftOutput, baft, baft_, grouped_baft, info
+from baft_kernels import BaftIntervention, BaftOutput, baft, baft_, grouped_baft, info
 from baft_kernels.backends import cpu as cpu_backend
 from baft_kernels.backends import why_unusable
 from baft_kernels.reference import GATE_FNS
@@ -126,6 +127,44 @@ def test_in_place_writes_the_chosen_rows_and_no_others() -> None:
         assert torch.equal(h, expected)
 
 
+# -- numbers so small that a processor is slow with them --
+
+zeroes_them = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"), reason="no way to on this processor"
+)
+
+
+@zeroes_them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 200])
+def test_subnormal_gradients_are_zero(rows: int, dtype: torch.dtype) -> None:
+    """One of them costs as much as a hundred other numbers, and in a long run there come to be many."""
+    call = draw_call((rows,), 2048, 12, dtype=dtype)
+    leaves = call._replace(**{name: value.requires_grad_() for name, value in call.floats().items()})
+    out = cpu(*leaves).out
+    incoming = torch.full_like(out, 1e-39)
+    assert incoming.all()
+    for gradient in torch.autograd.grad(out, list(leaves.floats().values()), incoming):
+        assert not gradient.any()
+
+
+def test_the_subnormal_gradients_of_float16_are_kept() -> None:
+    layer = BaftIntervention(96, 8, backend="cpu")  # which, being new, changes nothing
+    h = torch.randn(30, 96, dtype=torch.float16).requires_grad_()
+    incoming = torch.randint(1, 1024, h.shape) * torch.tensor(2.0**-24, dtype=torch.float16)
+    (gradient,) = torch.autograd.grad(layer(h), h, incoming)
+    assert torch.equal(gradient, incoming)
+
+
+def test_subnormal_numbers_are_numbers_everywhere_else() -> None:
+    """In the forward pass, and in what the same threads do after a backward pass."""
+    h = torch.full((200, 96), 1e-39).requires_grad_()
+    out = BaftIntervention(96, 8, backend="cpu")(h)
+    assert torch.equal(out, h)
+    out.sum().backward()
+    assert (torch.full((1 << 20,), 1e-39) * 0.5).all()
+
+
 # -- what must not matter --
 
 
@@ -195,7 +234,7 @@ def test_calls_from_several_threads_do_not_meet() -> None:
 @pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"])
 def test_the_other_instruction_sets(variant: str) -> None:
     environment = {**os.environ, "BAFT_CPU_VARIANT": variant, "OMP_NUM_THREADS": "1"}
-    which = "test_it_is_accurate and 63 and (96 or 2048) or over_many_rows or keep_their_bits"
+    which = "test_it_is_accurate and 63 and (96 or 2048) or over_many_rows or keep_their_bits or subnormal"
     # This session's processes share a plugin-free run of the same tests, since a process chooses its variant once.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", which]
     code = "import torch; from baft_kernels import _cpu; print(_cpu.variant())"

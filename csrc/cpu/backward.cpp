@@ -2,6 +2,7 @@
 // of its own for all rows, so that the parameters' gradients need no partial sums and no order of threads; it reads
 // grad_out a second time, which costs less than adding up r x d sums for each thread.
 #include "parallel.h"
+#include "subnormals.h"
 
 namespace baft::cpu {
 namespace {
@@ -32,6 +33,7 @@ void gate_gradient(const Backward& call, const At& at, int64_t row, float* dp, f
 } // namespace
 
 void backward(const Backward& call, ParallelFor parallel_for) {
+  const SubnormalsAreZero here; // and in each task, which may be another thread's
   const Kernels& k = kernels();
   const int64_t r = call.r, d = call.d, count = call.rows.count;
   const int64_t inputs = call.gate == Gate::none ? r : 2 * r; // dp, and dz where there is a gate
@@ -54,6 +56,7 @@ void backward(const Backward& call, ParallelFor parallel_for) {
   };
   std::vector<float> split_sums(shape.splits == 1 ? 0 : shape.tiles * shape.splits * shape.tile_size());
   parallel(parallel_for, shape.tiles * shape.splits, shape.grain(), [&](int64_t task) {
+    const SubnormalsAreZero here;
     const int64_t index = task / shape.splits, split = task % shape.splits;
     const TileRows tile(call.rows, index * shape.tile_rows, shape.tile_rows);
     std::vector<float> own(shape.splits == 1 ? shape.tile_size() : 0);
@@ -81,6 +84,7 @@ void backward(const Backward& call, ParallelFor parallel_for) {
   const bool wants_input = call.grad_h.data, wants_parameters = call.source_gradient;
   const int64_t blocks = ceil_div(d, kBlock);
   const auto strip = [&](int64_t first_block, int64_t end_block) {
+    const SubnormalsAreZero here;
     std::vector<float> sums(wants_parameters ? (end_block - first_block) * stride * kBlock : 0);
     for (int64_t start = 0; start < count; start += kStripRows) {
       const int64_t some = std::min(kStripRows, count - start);
