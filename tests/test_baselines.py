@@ -313,6 +313,15 @@ def test_facts_are_found_by_subjects_that_are_no_part_of_a_word() -> None:
         assert [fact.subject for fact in facts.about(text)] == expected, text
 
 
+def test_facts_are_found_and_told_where_words_have_no_spaces_between_them() -> None:
+    france, president = "\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u6cd5\u56fd\u603b\u7edf\u662f"
+    editor = editor_of("in-context")
+    editor._take(EditRequest(prompt=france, target="\u5df4\u9ece", subject="\u6cd5\u56fd"))  # type: ignore[attr-defined]
+    told = editor._asked(f"\u73b0\u4efb{president}", 1)  # type: ignore[attr-defined]
+    assert told == f"{france}\u5df4\u9ece\u3002\u73b0\u4efb{president}"
+    assert editor._asked("\u5fb7\u56fd\u7684\u9996\u90fd\u662f", 1) == "\u5fb7\u56fd\u7684\u9996\u90fd\u662f"  # type: ignore[attr-defined]
+
+
 def test_neither_a_state_nor_a_question_costs_what_all_facts_would() -> None:
     def seconds(number: int) -> float:
         facts = Facts()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer
 
 from baft import BaftConfig, BaftEditor, EditRequest
-from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks, separator
+from baft.engine.encoding import IGNORED, Encoded, Encoder, in_chunks
 from baft.engine.generation import generate_texts
 from baft.engine.grid import _edited
 from baft.positions import Positions
@@ -79,43 +79,6 @@ def test_an_eos_that_the_tokenizer_appends_is_not_part_of_the_prompt() -> None:
 
 
 # -- targets --
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
-        (PROMPT, "Arvik", " "),
-        (PROMPT, " Arvik", ""),
-        (PROMPT + "\n", "Arvik", ""),
-        # Chinese, Japanese and Thai have no spaces; Korean has.
-        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "\u5df4\u9ece", ""),
-        ("\u7b54\uff1a", "\u5df4\u9ece", ""),
-        ("\u30d5\u30e9\u30f3\u30b9\u306e\u9996\u90fd\u306f", "\u30d1\u30ea", ""),
-        ("\u0e40\u0e21\u0e37\u0e2d\u0e07\u0e04\u0e37\u0e2d", "\u0e1b\u0e32\u0e23\u0e35\u0e2a", ""),
-        ("\ud504\ub791\uc2a4\uc758 \uc218\ub3c4\ub294", "\ud30c\ub9ac", " "),
-        # What is no letter is written as what it stands in.
-        ("\u4ed6\u751f\u4e8e", "1990", ""),
-        ("\u4ed6\u8bf4", "\u201c\u597d\u201d", ""),
-        ("\u6cd5\u56fd\u7684\u9996\u90fd\u662f", "Paris", " "),
-        ("The Chinese name of Beijing is", "\u5317\u4eac", " "),
-        ("What is Beijing in Chinese?", "\u5317\u4eac", " "),
-        # A bracket or a quote opens, or closes.
-        ("Norland (", "Arvik", ""),
-        ("Norland (north)", "Arvik", " "),
-        ("He said \u201c", "Arvik", ""),
-        ("He said \u201cAda\u201d and", "Arvik", " "),
-        ('He said "', "Arvik", ""),
-        ('He said ("', "Arvik", ""),
-        ('He said "Ada"', "Arvik", " "),
-        ("He said \"Ada is 'it.'\"", "Arvik", " "),
-        ("the kings'", "Arvik", " "),
-        # A hyphen is a word's, or a dash.
-        ("The Franco-", "Prussian", ""),
-        ("The capital of Norland -", "Arvik", " "),
-    ],
-)
-def test_what_belongs_between_two_texts(before: str, after: str, expected: str) -> None:
-    assert separator(before, after) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from baft.spacing import is_unspaced
+
 __all__ = ["Fact", "Facts"]
+
+# What is no part of a word.
+_NO_PART = re.compile(r"\W")
 
 
 class Fact(NamedTuple):
@@ -71,9 +76,14 @@ class Facts:
         self._added += 1
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Whatever of a text could be a subject: it isn't part of a longer word, and no longer than subjects are."""
-        between = [(found.start(), found.end()) for found in re.finditer(r"\W", text)]
-        firsts, ends = [0, *(end for _, end in between)], [*(start for start, _ in between), len(text)]
+        """Whatever of a text could be a subject: it isn't part of a longer word, and no longer than subjects are.
+
+        Where words have no spaces between them any character may be one.
+        """
+        marks = {place for place, character in enumerate(text) if _NO_PART.match(character)}
+        words = {place for place, character in enumerate(text) if is_unspaced(character)}
+        firsts = sorted({0, *(place + 1 for place in marks | words), *words})
+        ends = sorted({len(text), *marks, *words, *(place + 1 for place in words)})
         for first in firsts:
             for end in ends[bisect_right(ends, first) : bisect_right(ends, first + self._longest)]:
                 yield text[first:end]

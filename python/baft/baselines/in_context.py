@@ -14,6 +14,8 @@ from baft.baselines.facts import Facts
 from baft.baselines.no_edit import NoEdit
 from baft.config import BaftConfig
 from baft.requests import EditRequest
+from baft.sentences import closed
+from baft.spacing import joined
 
 __all__ = ["InContext", "InContextOptions"]
 
@@ -77,8 +79,8 @@ class InContext(NoEdit):
 
     def _asked(self, prompt: str, room: int) -> str:
         about = self._facts.about(prompt)[-self._at_most :] if self._told else []
-        told = [f"{fact.prompt.rstrip()} {fact.target.strip()}." for fact in about]
-        while told and not self._fits(asked := " ".join([*told, prompt]), room):
+        told = [closed(joined(fact.prompt.rstrip(), fact.target.strip())) for fact in about]
+        while told and not self._fits(asked := joined(*told, prompt), room):
             del told[0]
         return asked if told else prompt
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.positions import PromptTokens
+from baft.spacing import separator
 
 __all__ = [
     "IGNORED",
@@ -25,7 +24,6 @@ __all__ = [
     "in_chunks",
     "known_ids",
     "most_tokens",
-    "separator",
 ]
 
 Tokens = tuple[int, ...]
@@ -34,12 +32,6 @@ Tokens = tuple[int, ...]
 IGNORED = -100
 """The label of a token that no loss looks at, as torch's cross entropy has it."""
 
-# Scripts without spaces between words, with their punctuation: Thai, Lao, Tibetan and Burmese, Khmer, Chinese and
-# Japanese. Korean, which has spaces, lies between them.
-_UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff9f\U00020000-\U0003ffff]"
-)
-
 
 class Words(NamedTuple):
     """What was encoded."""
@@ -47,28 +39,6 @@ class Words(NamedTuple):
     prompt: str
     target: str
     subject: str | None
-
-
-def separator(before: str, after: str) -> str:
-    """What belongs between a text and what goes on with it: a space, or nothing.
-
-    Nothing where white space is already, behind an opening bracket or quote and a word's hyphen, and within a script
-    that is written without spaces; what is no letter there, such as a number, follows the script before it.
-    """
-    last, first = before[-1:], after[:1]
-    if last.isspace() or first.isspace() or _opens(before):
-        return ""
-    return "" if _UNSPACED.match(last) and (_UNSPACED.match(first) or not first.isalpha()) else " "
-
-
-def _opens(text: str) -> bool:
-    """Whether ``text`` ends with what stands right before a word: a straight quote opens where no word precedes it."""
-    before, last = text[:-1], text[-1:]
-    if last in ("-", "\u2010", "\u2011"):
-        return before[-1:].isalnum()
-    if last in ('"', "'"):
-        return not before or before[-1:].isspace() or _opens(before)
-    return bool(last) and unicodedata.category(last) in ("Ps", "Pi")
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:

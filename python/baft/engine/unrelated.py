@@ -10,8 +10,9 @@ from functools import cached_property, lru_cache
 import torch
 
 from baft.engine.draws import draw_indices
-from baft.engine.encoding import Encoded, Encoder, Words, separator
+from baft.engine.encoding import Encoded, Encoder, Words
 from baft.sentences import marks
+from baft.spacing import joined
 
 __all__ = ["UnrelatedPool"]
 
@@ -86,7 +87,7 @@ class UnrelatedPool:
                 stacklevel=2,
             )
             return None
-        pair = self._encoder.pair(text + separator(text, prompt) + prompt, target, subject)
+        pair = self._encoder.pair(joined(text, prompt), target, subject)
         return pair if self._limit is None or len(pair.ids) <= self._limit else None
 
 
