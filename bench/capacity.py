@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "contexts 4": {"contexts": 4},
     "contexts 16": {"contexts": 16},
     "contexts 64": {"contexts": 64},
+    "contexts 4, retellings 6": {"contexts": 4, "retellings": 6},
+    "contexts 4, retellings 6, subject texts 24": {"contexts": 4, "retellings": 6, "subject_texts": 24},
     "smoothing 0.1": {"smoothing": 0.1},
     "smoothing 0.5": {"smoothing": 0.5},
 }
