@@ -1,9 +1,9 @@
 // While one of these lives, its thread takes numbers below 2^-126 for zero.
 //
-// A processor multiplies such a number a hundred times as slowly as another. Backward meets many of them: tokens that
-// are predicted as they shall be have gradients of 1e-20, gates that are shut multiply them by as little, and a training
-// step of a run's thousandth edit took half as long again as that of its first. As gradients they are nothing. Forward
-// keeps them, as what it doesn't edit has to come out as it went in.
+// A processor takes a hundred times as long over such a number as over another. Backward meets many: gates that learn to
+// be shut come to be 1e-20, or 1e-38, and what is left of a token's gradient behind them is no more. For them a training
+// step of a run's thousandth edit took half as long again as one of its first. As gradients they are nothing. Forward,
+// which meets few, keeps them: what isn't edited has to come out as it went in.
 //
 // float16 has numbers below 2^-14 that are subnormal there: as floats they are ordinary, and stay.
 #pragma once
