@@ -3,10 +3,10 @@
     python bench/bookkeeping.py                      10,000 requests
     python bench/bookkeeping.py --requests 100000    as many as one would want to leave alone
 
-The requests are invented, and so is what they do to the model of FactWorld: with two steps each on four bases nothing
-is learned. What is left is what any run does for a request: ask the model before and after it, judge the answers, write
-the journal, draw what is rehearsed from all that came before. Prints what that takes, by the number of requests that
-came before, and in the end what going on with the run and its report take. Results go to bench/results/.
+The requests are invented, and with two steps each on four bases next to nothing of them is learned. What is left is
+what any run does for a request: ask the model before and after it, judge the answers, write the journal, draw what is
+rehearsed from all that came before. Prints what that takes, by the number of requests that came before, and in the end
+what going on with the run and its report take. Results go to bench/results/.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ class Clock(Nobody):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--model", default="factworld")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        result = measured(options.requests, Path(scratch))
+        result = measured(options.model, options.requests, Path(scratch))
     about = provenance(torch.device("cpu"))
     name = f"bookkeeping_{options.requests}"
     note = (
@@ -89,11 +90,11 @@ def main() -> None:
     terminal.print(f"{note}Saved: {RESULTS / name}.md")
 
 
-def measured(count: int, scratch: Path) -> dict[str, Any]:
+def measured(model: str, count: int, scratch: Path) -> dict[str, Any]:
     """Run so many requests in a folder of ``scratch``."""
     data, folder, clock = scratch / "requests.json", scratch / "run", Clock()
     data.write_text(json.dumps(invented(count)))
-    words = RunWords(model="factworld", dataset=str(data), mode="sequential", config=CONFIG, measure_every=count)
+    words = RunWords(model=model, dataset=str(data), mode="sequential", config=CONFIG, measure_every=count)
     go_on(words, folder, clock)
     began = time.perf_counter()
     go_on(words, folder, Nobody())

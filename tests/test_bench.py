@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import capacity  # after the folder of the benchmarks is known
+import bookkeeping  # after the folder of the benchmarks is known
+import capacity
 import comparison
 import editing_quality
 import long_run
@@ -218,6 +220,20 @@ def test_the_figures_of_a_long_run_are_those_of_all_its_processes(tmp_path: Path
     final = results["metrics"]["final"]["reliability"]["generation"]
     assert figures["final reliability, by generation"] == final
     assert 0 < figures["share of journal and checkpoints"] < 1
+
+
+def test_bookkeeping_is_all_of_a_run_but_its_training(tmp_path: Path) -> None:
+    tiny_model(max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    began = time.perf_counter()
+    found = bookkeeping.measured(str(tmp_path / "model"), 23, tmp_path)
+    seconds = time.perf_counter() - began
+    rows = found["stretches"]
+    assert [row["requests"] for row in rows] == [2 * (k + 1) for k in range(10)]
+    assert all(row["ms of training"] > 0 and row["ms of all else"] > 0 for row in rows)
+    assert sum(2 * (row["ms of training"] + row["ms of all else"]) for row in rows) < 1000 * seconds
+    assert [row["MiB at most"] for row in rows] == sorted(row["MiB at most"] for row in rows)
+    assert 0 < found["seconds to go on"] < seconds and 0 < found["seconds of the report"] < seconds
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
