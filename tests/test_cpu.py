@@ -157,12 +157,19 @@ def test_the_subnormal_gradients_of_float16_are_kept() -> None:
 
 
 def test_subnormal_numbers_are_numbers_everywhere_else() -> None:
-    """In the forward pass, and in what the same threads do after a backward pass."""
-    h = torch.full((200, 96), 1e-39).requires_grad_()
-    out = BaftIntervention(96, 8, backend="cpu")(h)
-    assert torch.equal(out, h)
-    out.sum().backward()
-    assert (torch.full((1 << 20,), 1e-39) * 0.5).all()
+    """In the forward pass, and in what threads do after a backward pass: those too that it was the first to need."""
+    h = torch.full((30, 1024), 1e-39).requires_grad_()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        out = BaftIntervention(1024, 12, backend="cpu")(h)
+        assert torch.equal(out, h)
+        for number in (2, 4):
+            torch.set_num_threads(number)
+            out.sum().backward(retain_graph=True)
+            assert (torch.full((1 << 20,), 1e-39) * 0.5).all()
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -- what must not matter --

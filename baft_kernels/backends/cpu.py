@@ -1,6 +1,6 @@
 """The C++ kernels of csrc/cpu: packing for them, and the calls.
 
-Gradients that are subnormal as float32, below 1.2e-38, come out as zero, and count as zero where they come in.
+On x86-64 and ARM gradients that are subnormal as float32, below 1.2e-38, count as zero, and come out as zero.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ void gate_gradient(const Backward& call, const At& at, int64_t row, float* dp, f
 } // namespace
 
 void backward(const Backward& call, ParallelFor parallel_for) {
-  const SubnormalsAreZero here; // and in each task, which may be another thread's
   const Kernels& k = kernels();
   const int64_t r = call.r, d = call.d, count = call.rows.count;
   const int64_t inputs = call.gate == Gate::none ? r : 2 * r; // dp, and dz where there is a gate
@@ -65,12 +64,14 @@ void backward(const Backward& call, ParallelFor parallel_for) {
               shape.panels, r, d, sums);
     if (shape.splits == 1) finish(index, sums);
   });
-  if (shape.splits > 1)
+  if (shape.splits > 1) {
+    const SubnormalsAreZero here;
     for (int64_t index = 0; index < shape.tiles; ++index) {
       float* sums = split_sums.data() + index * shape.splits * shape.tile_size();
       shape.add_splits(sums);
       finish(index, sums);
     }
+  }
 
   // -- over columns --
   const bool pairs = call.basis.pairs;
