@@ -303,11 +303,25 @@ def test_of_two_facts_with_one_prompt_the_later_is_told() -> None:
 
 def test_facts_are_found_by_subjects_that_are_no_part_of_a_word() -> None:
     facts = Facts()
-    subjects = ["Ada", "Ada Lund", "C", "C++", ".NET", "Lund, Ada", "O'Neill", "Zürich", "a_b", "Ada Lund of Arvik"]
+    subjects = [
+        "Ada",
+        "Ada Lund",
+        "\uff21\uff44\uff41",
+        "C",
+        "C++",
+        ".NET",
+        "Lund, Ada",
+        "O'Neill",
+        "Zürich",
+        "a_b",
+        "Ada Lund of Arvik",
+    ]
     for subject in subjects:
         facts.add(f"{subject} is", subject, "here")
     words = "Ada|Adam and Ada Lund|Lund, Ada Lund!|C++ and C#|C|ASP.NET|the .NET|O'Neill's|mr. O'Neill (Ada)|in Zürich."
-    others = "Zürichs|a_b|a_b_c|\nAda\n|Ada  Lund||Ada Lund of Arvik's"
+    others = (
+        "Zürichs|a_b|a_b_c|\nAda\n|Ada  Lund||Ada Lund of Arvik's|\uff21\uff44\uff41 is|\uff21\uff44\uff41\uff4d is"
+    )
     for text in f"{words}|{others}".split("|"):
         expected = [s for s in subjects if re.search(rf"(?<!\w){re.escape(s)}(?!\w)", text)]
         assert [fact.subject for fact in facts.about(text)] == expected, text

@@ -48,7 +48,8 @@ class Memory:
         self.states = self.passes._frozen
         self.company, self.loose = self.passes._company, self.passes._loose
         if together:
-            self.company._all_about = self.surroundings.all_about
+            for company in (self.company, self.loose):
+                company._all_about = self.surroundings.all_about
 
     @property
     def set_aside(self) -> int:
@@ -434,8 +435,9 @@ def asked_together(memory: Memory, texts: Sequence[Encoded]) -> list[tuple[Tenso
     return list(zip(prefixes, head_inputs, strict=True))
 
 
-def test_who_asks_for_texts_together_has_them_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory()
+@pytest.mark.parametrize("together", [False, True])
+def test_who_asks_for_texts_together_has_them_computed_at_once(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(together=together)
     about = [text for subject in ("Ada Lund", "Norland") for text in memory.surroundings.all_about(subject)]
     texts = [*EDITS, *about, *COMPANY[:1]]
     expected = Memory().of(texts)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import ASKED, PLAN, Listener, run_in, small_editor
-from tiny import one_thread  # noqa: F401  # a fixture
+from tiny import one_thread as one_thread
 from torch import Tensor
 
 from baft.engine.continuations import Continuations

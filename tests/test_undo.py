@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from small_runs import ASKED, PLAN, Listener, run_in, small_editor
-from tiny import one_thread  # noqa: F401  # a fixture
+from tiny import one_thread as one_thread
 
 from baft.engine.continuations import Asked, Continuations
 from baft.engine.encoding import Tokens

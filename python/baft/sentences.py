@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,14 +15,23 @@ _PART = rf"\b(?:\w|\d\d|{_TITLES})\.(?=[^\S\n]+\S)|\bNo\.(?=[^\S\n]+\d)"
 
 # A space behind it tells the end of a sentence from "3.5". The marks of Chinese, Japanese, Hindi, Urdu, Arabic,
 # Armenian, Ethiopic, Khmer and Burmese need none.
-_CLOSING = "[\"'\u201d\u2019\u00bb)\\]]*"
+_CLOSING = "[\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09\u3011\u300b]*"
 _SPACED = rf"[.!?\u2026]{_CLOSING}(?=\s|$)"
-_ALONE = "[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u17d4\u104b]"
-
-# What ends a sentence of a script, by the first word of its letters' names in Unicode; of others a point does.
-_FULL_STOPS = {**dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), "\u3002"), "DEVANAGARI": "\u0964"}
+_ALONE = f"[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u17d4\u104b]{_CLOSING}"
 
 _MARK = re.compile(rf"(?P<part>{_PART})|{_SPACED}|{_ALONE}", re.IGNORECASE)
+
+# What ends a sentence in letters that a point doesn't go with: Chinese and Japanese, four scripts of India, Armenian,
+# Ethiopic, Khmer, Burmese; in Thai and Lao a space does. Arabic letters are taken for Arabic, and not for Urdu.
+_FULL_STOPS = {
+    "\u3002": "[\u3005-\u3007\u3031-\u312f\u31a0-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]",
+    "\u0964": "[\u0900-\u0a7f\u0b00-\u0b7f]",
+    "\u0589": "[\u0530-\u058f]",
+    "\u1362": "[\u1200-\u137f]",
+    "\u17d4": "[\u1780-\u17ff]",
+    "\u104b": "[\u1000-\u109f]",
+    " ": "[\u0e00-\u0eff]",
+}
 
 
 class Mark(NamedTuple):
@@ -47,10 +55,14 @@ def marks(text: str) -> Iterator[Mark]:
         yield Mark(found.end() - 1 if part else found.start(), found.end(), not part)
 
 
-def closed(text: str) -> str:
-    """A text as a sentence: with the full stop of its last letter's script, if no mark ends it."""
+def closed(text: str, like: str | None = None) -> str:
+    """A text as a sentence: with a full stop, if no mark ends it.
+
+    Args:
+        text: what it says.
+        like: a text in whose script it is, by its last letter; None is the text itself.
+    """
     if any(mark.end == len(text) for mark in marks(text)):
         return text
-    letter = next((character for character in reversed(text) if character.isalpha()), ".")
-    script = unicodedata.name(letter, "").partition(" ")[0]
-    return text + _FULL_STOPS.get(script, ".")
+    letter = next((character for character in reversed(text if like is None else like) if character.isalpha()), "")
+    return text + next((stop for stop, letters in _FULL_STOPS.items() if re.match(letters, letter)), ".")

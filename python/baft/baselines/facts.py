@@ -15,8 +15,9 @@ from baft.spacing import is_unspaced
 
 __all__ = ["Fact", "Facts"]
 
-# What is no part of a word.
-_NO_PART = re.compile(r"\W")
+# What is no part of a word; and letters and digits that are as wide as Chinese ones, and make words all the same.
+_BETWEEN = re.compile(r"\W")
+_WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")
 
 
 class Fact(NamedTuple):
@@ -80,10 +81,10 @@ class Facts:
 
         Where words have no spaces between them any character may be one.
         """
-        marks = {place for place, character in enumerate(text) if _NO_PART.match(character)}
-        words = {place for place, character in enumerate(text) if is_unspaced(character)}
-        firsts = sorted({0, *(place + 1 for place in marks | words), *words})
-        ends = sorted({len(text), *marks, *words, *(place + 1 for place in words)})
+        between = {place for place, character in enumerate(text) if _BETWEEN.match(character)}
+        alone = {place for place, character in enumerate(text) if is_unspaced(character) and not _WIDE.match(character)}
+        firsts = sorted({0, *(place + 1 for place in between | alone), *alone})
+        ends = sorted({len(text), *between, *alone, *(place + 1 for place in alone)})
         for first in firsts:
             for end in ends[bisect_right(ends, first) : bisect_right(ends, first + self._longest)]:
                 yield text[first:end]

@@ -79,7 +79,7 @@ class InContext(NoEdit):
 
     def _asked(self, prompt: str, room: int) -> str:
         about = self._facts.about(prompt)[-self._at_most :] if self._told else []
-        told = [closed(joined(fact.prompt.rstrip(), fact.target.strip())) for fact in about]
+        told = [closed(joined(fact.prompt.rstrip(), fact.target.strip()), fact.prompt) for fact in about]
         while told and not self._fits(asked := joined(*told, prompt), room):
             del told[0]
         return asked if told else prompt

@@ -12,14 +12,15 @@ __all__ = ["Company", "Group", "LooseCompany"]
 _TOGETHER = 256
 
 Group = Sequence[Encoded]
-"""Texts that are always computed together."""
+"""Texts that are computed together, if one of them is."""
 
 
 class Company:
-    """Each text is always computed in the same company, or alone.
+    """Each text comes with its group, and with no others.
 
     So what it gives doesn't depend on what else was asked for: a run that was interrupted and resumed gets the same
-    bits.
+    bits. (Of frequent texts that there is no room to keep ``FrozenStates`` computes those of a step together, which are
+    the same then, too.)
 
     Args:
         frequent: groups of texts that are asked for all the time, a few of many at each step.
@@ -27,12 +28,12 @@ class Company:
             as every other text.
 
     Attributes:
-        frequent: the keys of the texts that are asked for all the time, and how many tokens each has.
+        frequent_tokens: the keys of frequent texts, and how many tokens each has.
     """
 
     def __init__(self, frequent: Iterable[Group], all_about: Callable[[str], Group] | None) -> None:
         known = [(_name(text), text, group) for group in frequent for text in group]
-        self.frequent: Mapping[Hashable, int] = {name: len(text.ids) for name, text, _ in known}
+        self.frequent_tokens: Mapping[Hashable, int] = {name: len(text.ids) for name, text, _ in known}
         self._group_of = {name: group for name, _, group in known}
         self._all_about = all_about
 
@@ -70,10 +71,7 @@ class Company:
 
 
 class LooseCompany(Company):
-    """For who has given the same bits up: groups are computed at once that are asked for at once.
-
-    But for the frequent ones, which stay in their company: who asks for these gets the same bits in both.
-    """
+    """Groups come with others that are asked for at once, but for frequent ones: for who has given the same bits up."""
 
     def key(self, text: Encoded) -> Hashable:
         return _name(text) if self.is_frequent(text) else (_name(text), "loose")

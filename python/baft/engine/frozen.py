@@ -37,7 +37,7 @@ class FrozenStates:
         replay: runs the model.
         attachment: its interventions, which are switched off meanwhile.
         lay_out: makes a grid of texts.
-        frequent: the keys of frequent texts (``Company``), and how many tokens each has.
+        frequent_tokens: of frequent texts (``Company``) the keys, and how many tokens each has.
         budget: bytes to remember in.
     """
 
@@ -46,13 +46,13 @@ class FrozenStates:
         replay: Replay,
         attachment: Attachment,
         lay_out: Callable[[Sequence[Encoded]], Grid],
-        frequent: Mapping[Hashable, int],
+        frequent_tokens: Mapping[Hashable, int],
         budget: int,
     ) -> None:
         self._replay = replay
         self._attachment = attachment
         self._lay_out = lay_out
-        self._frequent = frequent
+        self._frequent_tokens = frequent_tokens
         self._budget = budget
         self._passing: _Passing | None = None
         self._forget()
@@ -106,7 +106,7 @@ class FrozenStates:
 
     def _forget(self) -> None:
         rows = self._budget // (2 * self._attachment.blocks.width * self._replay.model.dtype.itemsize)
-        self._prefixes, self._head_inputs = Kept(self._frequent, rows), Kept(self._frequent, rows)
+        self._prefixes, self._head_inputs = Kept(self._frequent_tokens, rows), Kept(self._frequent_tokens, rows)
 
     def _places_of(self, key: Hashable, tokens: int, kept: Kept) -> range:
         """The numbers of a text's vectors: from 0 of those that are kept, from -1 down of those that pass."""

@@ -127,7 +127,9 @@ class Passes:
         self._company, self._loose = (
             kind(unrelated.in_chunks(_COMPANY), all_about) for kind in (Company, LooseCompany)
         )
-        self._frozen = FrozenStates(self._replay, attachment, self._lay_out, self._company.frequent, options.memory)
+        self._frozen = FrozenStates(
+            self._replay, attachment, self._lay_out, self._company.frequent_tokens, options.memory
+        )
 
     def refresh(self) -> bool:
         """Notice if the model's own weights have changed since it was last asked to; returns whether they have."""
