@@ -278,6 +278,7 @@ def test_resuming_another_run_is_refused(sequential_run: tuple[Path, dict[str, A
     assert done.returncode == 2 and "--resume" in done.stderr
     done = baft("run", "--out", tmp_path / "new", "--mode", "batch")
     assert done.returncode == 2 and "expected --model, --dataset and --mode" in done.stderr
+    assert "got no --model and --dataset" in done.stderr
 
 
 def test_a_data_set_that_changed_is_refused(

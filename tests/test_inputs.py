@@ -41,6 +41,21 @@ def test_the_seed_draws_which_requests_and_in_which_order(file: Path) -> None:
     assert sorted(numbers(load_assignment(str(file), None, 0))) == list(EVERYONE)
 
 
+def test_requests_of_one_prompt_follow_each_other_as_in_the_file(tmp_path: Path) -> None:
+    """Of those that contradict each other the later wins: that is who stands later in the file, whatever the seed."""
+    asked = [f"The king of Norland is {k % 3} years old, says" for k in range(12)]
+    records = [{"prompt": prompt, "target": f"source {k}"} for k, prompt in enumerate(asked)]
+    (tmp_path / "kings.jsonl").write_text("\n".join(map(json.dumps, records)))
+    orders = []
+    for seed in range(5):
+        requests = load_assignment(str(tmp_path / "kings.jsonl"), 9, seed).requests
+        orders.append([int(request.target.split()[1]) for request in requests])
+        for prompt in set(asked):
+            of_one = [k for k in orders[-1] if asked[k] == prompt]
+            assert of_one == sorted(of_one)
+    assert len(set(map(tuple, orders))) == 5 and any(order != sorted(order) for order in orders)
+
+
 def test_of_a_stretch_nothing_else_is_edited_and_the_rest_of_the_file_is_unrelated(file: Path) -> None:
     assert set(numbers(load_assignment(f"{file}[3:9]", 4, 0))) < set(range(3, 9))
     whole = load_assignment(f"{file}[3:9]", None, 0)

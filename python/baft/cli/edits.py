@@ -119,9 +119,8 @@ def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost_o
 
     cost = cost_of(place, number)
     console = Console()
-    console.say(
-        f"{cost.edits} edits are to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s"
-    )
+    edits = "1 edit is" if cost.edits == 1 else f"{cost.edits} edits are"
+    console.say(f"{edits} to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s")
     if not yes:
         console.say(_NOTHING_DONE)
         return

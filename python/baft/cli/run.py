@@ -111,9 +111,9 @@ def run(
             anew = {"model": model, "dataset": dataset, "held_out": held_out, "remember": remember}
             return words.model_copy(update={name: value for name, value in anew.items() if value is not None}).located()
         if model is None or dataset is None or mode is None:
-            raise ValueError(
-                "run: expected --model, --dataset and --mode, or --resume; got " + _given(model, dataset, mode)
-            )
+            needed = {"--model": model, "--dataset": dataset, "--mode": mode}
+            missing = " and ".join(option for option, value in needed.items() if value is None)
+            raise ValueError(f"run: expected --model, --dataset and --mode, or --resume; got no {missing}")
         if folder.begun:
             raise ValueError(
                 f"out: expected a new or empty folder, got {out}, which has a run in it: --resume goes on with it"
@@ -145,10 +145,6 @@ def run(
         _run(words, folder, log or words.log, as_json, replace(world, one_model=words.tensor_parallel))
 
 
-def _given(*words: str | None) -> str:
-    return ", ".join(word for word in words if word) or "none"
-
-
 def _is_said(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
@@ -170,7 +166,8 @@ def _agree(words: RunWords, context: typer.Context) -> None:
             raise ValueError(f"config: the run was started with another one: {'; '.join(found)}")
     for name, value in started.items():
         if name in said and name not in _MAY_DIFFER and said[name] != value:
-            raise ValueError(f"{name}: the run was started with {value!r}, got {said[name]!r}")
+            first = "none" if value is None else repr(value)
+            raise ValueError(f"{name}: the run was started with {first}, got {said[name]!r}")
 
 
 def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:

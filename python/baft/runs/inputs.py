@@ -95,8 +95,10 @@ def _blaming(name: str) -> Iterator[None]:
 def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     """Choose ``edits`` requests of a data set, and unrelated texts from what is left.
 
-    The order of the requests is drawn from ``seed``. Unrelated texts are the prompts, and the locality prompts, of
-    records that aren't edited, each with its old answer, less every prompt that an edited record is measured with.
+    The order of the requests is drawn from ``seed``; those of one prompt come among themselves as the data set has
+    them, so that of two that contradict each other the one that stands later there is also the later one here.
+    Unrelated texts are the prompts, and the locality prompts, of records that aren't edited, each with its old answer,
+    less every prompt that an edited record is measured with.
     Held-out texts are what other such records say: prompts alone where none has an old answer. Of a file of which only
     a stretch is named, all records of the rest are such records. A FactWorld has people set apart for each, and
     strangers.
@@ -109,8 +111,10 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     if not 1 <= edits <= len(requests):
         raise ValueError(f"edits: expected 1 to {len(requests)}, the requests in {dataset}, got {edits}")
     draw = random.Random(seed)
-    draw.shuffle(requests)
-    chosen, rest = requests[:edits], requests[edits:]
+    order = list(range(len(requests)))
+    draw.shuffle(order)
+    chosen = _in_turn(order[:edits], requests)
+    rest = [requests[index] for index in order[edits:]]
     if dataset in WORLDS:
         world = WORLDS[dataset]()
         pool, held_out = list(world.unrelated()), world.held_out()
@@ -131,6 +135,15 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
         draw.shuffle(pool)
         pool = pool[:_POOL]
     return Assignment(chosen, pool or None, held_out[:_HELD_OUT])
+
+
+def _in_turn(order: Sequence[int], requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Requests in an order, but those of one prompt take the places that these have in it as they follow each other."""
+    places: dict[str, list[int]] = {}
+    for index in order:
+        places.setdefault(requests[index].prompt, []).append(index)
+    turns = {prompt: iter(sorted(indices)) for prompt, indices in places.items()}
+    return [requests[next(turns[requests[index].prompt])] for index in order]
 
 
 def _statements(request: EditRequest) -> Iterator[tuple[str, str]]:
