@@ -13,7 +13,7 @@ from baft import EditRequest
 from baft.console import Console
 from baft.engine.schedule import Curve
 from baft.evaluation.probes import MEASURES, ProbeResult, Question
-from baft.progress import Lines
+from baft.progress import Lines, bars
 from baft.runs.folder import RunFolder
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
@@ -154,3 +154,15 @@ def test_bars_are_drawn_on_a_terminal_alone(
         assert begun == "training the testbed model (once): begins, 0 of 2\n"
         assert ended.startswith("training the testbed model (once): ended, 1 of 2 after")
         assert ended.endswith("loss 0.50, knows 25% of the facts\n")
+
+
+def test_an_edit_of_minutes_has_a_pace_too() -> None:
+    clock = 0.0
+    file = io.StringIO()
+    console = RichConsole(file=file, force_terminal=True, width=200, get_time=lambda: clock)
+    with bars(console) as watcher:
+        watcher.stage("editing", 100)
+        for _ in range(4):
+            clock += 90.0
+            watcher.advance()
+    assert "90 s each" in file.getvalue()

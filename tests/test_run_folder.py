@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from baft.runs.environment import commit_of
 from baft.runs.folder import RunFolder
-from baft.runs.identity import differences, hash_of_model
+from baft.runs.identity import differences, hash_of_configuration, hash_of_model
 
 
 def test_differences_name_what_differs() -> None:
@@ -60,6 +60,26 @@ def test_a_model_is_known_by_its_weights() -> None:
         assert hash_of_model(model) != known
         weight[[0, 1]] = weight[[1, 0]]
     assert hash_of_model(model) == known
+
+
+def test_a_model_is_known_by_what_its_weights_do_not_show() -> None:
+    model = tiny_model()
+    known = hash_of_configuration(model)
+    model.config._name_or_path = "elsewhere"
+    assert hash_of_configuration(model) == known
+    model.config.rms_norm_eps *= 10
+    assert hash_of_configuration(model) != known
+
+
+def test_a_lost_journal_is_not_begun_anew(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.begin({}, {})
+        assert folder.journal.positions() == []
+        folder.checkpoints().write(7, {"weight": torch.ones(1)})
+    (tmp_path / "journal.sqlite").unlink()
+    with RunFolder(tmp_path) as folder, pytest.raises(ValueError, match="checkpoints up to 7, got none"):
+        _ = folder.journal
+    assert not (tmp_path / "journal.sqlite").exists()
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ __all__ = ["Lines", "ProgressWatcher", "bars"]
 # Seconds between two lines of a stage: a log of days stays short enough to be read.
 _BETWEEN_LINES = 60.0
 
+# Seconds that pace and estimate are taken from: of a large model a single edit, or a settling round, takes minutes.
+_PACE_OF = 3600.0
+
 
 class ProgressWatcher(Watcher, ABC):
     """A ``Watcher`` that shows each stage to a person, and how a testbed's training goes."""
@@ -58,7 +61,7 @@ def bars(console: Console) -> Iterator[ProgressWatcher]:
         _PaceColumn(),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=_PACE_OF) as progress:
         yield _Bars(progress)
 
 

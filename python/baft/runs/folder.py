@@ -102,8 +102,16 @@ class RunFolder:
 
     @property
     def journal(self) -> Journal:
+        """Made, if there is none yet.
+
+        Raises:
+            ValueError: if there was one, and it is gone: with a new one the run would begin again from nothing.
+        """
         if self._journal is None:
-            self._journal = Journal(self.path / JOURNAL)
+            place = self.path / JOURNAL
+            if not place.exists() and (counts := self.checkpoints().counts()):
+                raise ValueError(f"{place}: expected a journal, as there are checkpoints up to {counts[-1]}, got none")
+            self._journal = Journal(place)
         return self._journal
 
     def checkpoints(self, every: int | None = None) -> Checkpoints:

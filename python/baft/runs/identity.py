@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from baft.requests import EditRequest
 from baft.runs.environment import versions
@@ -22,6 +22,9 @@ __all__ = ["differences", "identify"]
 
 # Weights are summed in pieces, so that a model of any size needs little memory beside its own.
 _PIECE = 1 << 24
+
+# Of a model's configuration: where its files lie, and what wrote them.
+_OF_ITS_FILES = {"_name_or_path", "transformers_version"}
 
 
 def identify(
@@ -46,7 +49,11 @@ def identify(
         "unrelated texts": None if unrelated is None else {"number": len(unrelated), "sha256": _hash_of(unrelated)},
         "held-out texts": {"number": len(held_out), "sha256": _hash_of(held_out)},
         "tokenizer": hash_of_tokenizer(tokenizer),
-        "model": {"class": type(model).__name__, "sha256": hash_of_model(model)},
+        "model": {
+            "class": type(model).__name__,
+            "configuration": hash_of_configuration(model),
+            "sha256": hash_of_model(model),
+        },
         "code": hash_of_code(),
         "versions": versions(),
     }
@@ -79,6 +86,14 @@ def hash_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     for use in ("padding", "truncation"):  # of its last call
         rules.pop(use, None)
     return _hash_of([json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map, rules], sort_keys=True)])
+
+
+def hash_of_configuration(model: nn.Module) -> str | None:
+    """A hash of what a model is configured as, which its weights don't show; not of where it lies. None without any."""
+    if not isinstance(config := getattr(model, "config", None), PretrainedConfig):
+        return None
+    known = {name: value for name, value in config.to_dict().items() if name not in _OF_ITS_FILES}
+    return _hash_of([json.dumps(known, sort_keys=True, default=str)])
 
 
 @torch.no_grad()
