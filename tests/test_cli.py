@@ -322,6 +322,7 @@ def test_edits_are_listed_shown_and_rolled_back(sequential_run: tuple[Path, dict
     assert lines[2]["prompt"] in " ".join(baft("edits", "show", run, 2).stdout.split())
     asked = baft("edits", "rollback", run, 2)
     assert asked.returncode == 0 and "Nothing was changed" in asked.stdout and (run / "results.json").exists()
+    assert "2 of 4 edits are to be taken back; results, report and adapter" in " ".join(asked.stdout.split())
     assert baft("report", run).returncode == 0 and list(run.glob("report-*.png"))
     done = baft("edits", "rollback", run, 2, "--yes")
     assert done.returncode == 0, done.stderr
@@ -468,7 +469,7 @@ def _bad(name: str, tmp_path: Path, testbed: Path, dataset: Path) -> tuple[list[
         "empty target": ({"--dataset": broken}, "record 0"),
         "too many edits": ({"--edits": 10_000}, "edits"),
         "too many of a stretch": ({"--dataset": f"{dataset}[:1]"}, "edits: expected 1 to 1"),
-        "used folder": ({"--out": used}, "in use"),
+        "used folder": ({"--out": used}, "holds other files"),
         "unknown field": ({}, "rnk"),
         "rank": ({}, "5000"),
         "layers": ({}, "[0, 7]"),

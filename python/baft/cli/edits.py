@@ -16,6 +16,7 @@ from baft.console import Console
 if TYPE_CHECKING:
     from baft.runs.folder import RunFolder
     from baft.runs.start import RunWords
+    from baft.runs.undo import Cost
 
 __all__ = ["app"]
 
@@ -62,7 +63,9 @@ def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
     from baft.runs.undo import cost_of_rollback, roll_back
 
     with _sequential_run(folder) as (place, words):
-        _take_back(place, words, number, yes, cost_of_rollback, roll_back)
+        done = len(place.journal.positions())
+        cost = cost_of_rollback(place, number)
+        _take_back(place, words, number, yes, cost, done - cost.kept, roll_back, "makes those taken back again")
 
 
 @app.command()
@@ -76,7 +79,7 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
 
     with _sequential_run(folder) as (place, words):
         if not is_waiting(place, number):
-            _take_back(place, words, number, yes, cost_of_drop, drop_edit)
+            _take_back(place, words, number, yes, cost_of_drop(place, number), 1, drop_edit, "goes on from there")
             return
         console = Console()
         console.say(f"Request {number} hasn't been edited yet: nothing is to be made again.")
@@ -112,15 +115,24 @@ def _sequential_run(folder: Path) -> Iterator[tuple[RunFolder, RunWords]]:
         yield place, words
 
 
-def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost_of: Any, do: Any) -> None:
+def _take_back(
+    place: RunFolder, words: RunWords, number: int, yes: bool, cost: Cost, taken: int, do: Any, resumed: str
+) -> None:
+    """Say what taking back an edit costs, of which so many go for it, and do it.
+
+    Args:
+        do: takes it back.
+        resumed: what resuming the run does then.
+    """
     from baft.runs.logs import open_log
     from baft.runs.run import open_context
     from baft.runs.start import start
 
-    cost = cost_of(place, number)
-    console = Console()
-    edits = "1 edit is" if cost.edits == 1 else f"{cost.edits} edits are"
-    console.say(f"{edits} to be made again from the checkpoint after {cost.checkpoint}: {cost.seconds:.0f} s")
+    console, done = Console(), len(place.journal.positions())
+    gone = "; results, report and adapter of the finished run go with that" if place.results.exists() else ""
+    console.say(f"{taken} of {_edits_are(done)} to be taken back{gone}.")
+    again = f"{_edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
+    console.say(f"{again}: {cost.seconds:.0f} s.")
     if not yes:
         console.say(_NOTHING_DONE)
         return
@@ -134,5 +146,9 @@ def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost_o
         context.close()
         if log:
             log.close()
-    left = len(place.journal.positions())
-    console.say(f"{left} edits are in {place.adapter}; `baft run --resume --out {place.path}` goes on from there.")
+    left = _edits_are(len(place.journal.positions()))
+    console.say(f"{left} in {place.adapter}; `baft run --resume --out {place.path}` {resumed}.")
+
+
+def _edits_are(number: int) -> str:
+    return "1 edit is" if number == 1 else f"{number} edits are"

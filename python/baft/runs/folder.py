@@ -47,8 +47,10 @@ class RunFolder:
         self.path = Path(path)
         if begun:
             self._read_identity()
-        if self.path.exists() and not (self.path.is_dir() and (self.begun or self._is_empty())):
-            raise ValueError(f"out: expected a new or empty folder, got {self.path}, which is in use")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out: expected a new or empty folder, got {self.path}, which is a file")
+        if self.path.exists() and not (self.begun or self._is_empty()):
+            raise ValueError(f"out: expected a new or empty folder, got {self.path}, which holds other files")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
