@@ -96,6 +96,7 @@ def results(edits: int, **changes: Any) -> dict[str, Any]:
         "timing": {"seconds_per_edit": 0.8, "total_seconds": 0.8 * edits},
         "training": {"converged": edits, "diverged": 0},
         "memory": {"peak_bytes": {"process": 2**29, "gpu": None}, "bytes_per_edit": 4096.0},
+        "superseded": [],
     }
     return made | changes
 

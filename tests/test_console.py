@@ -64,6 +64,22 @@ def test_texts_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     assert_whole(capsys.readouterr().out, "prompt", "before", "target", "said")
 
 
+def test_what_a_later_edit_contradicts_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(None)
+    journal.add(record())
+    timing = {"seconds_per_edit": 1.0, "total_seconds": 1.0, "steps": 1}
+    for superseded in ([], [0]):
+        Console().edits([record()], superseded)
+        assert capsys.readouterr().out.count("✗") == (1 if superseded else 2)
+        Console().edit(record(), superseded=bool(superseded))
+        assert ("superseded: a later request" in capsys.readouterr().out) == bool(superseded)
+        with RunFolder(tmp_path / str(superseded)) as folder:
+            found = {**results(1, timing=timing, engine={}), "superseded": superseded}
+            Console().report(RunReport(found, journal), folder)
+        printed = capsys.readouterr().out
+        assert ("✗" in printed, "superseded" in printed) == (not superseded, bool(superseded))
+
+
 def test_kinds_of_questions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """They are a data set's own words."""
     kinds = dict.fromkeys(MARKED, 1.0)

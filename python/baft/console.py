@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,9 @@ _SHOWN_EDITS = 8
 
 # Lines that are laid out together.
 _LINES = 200
+
+# In place of a mark, where a later edit wants something else.
+_SUPERSEDED = Text("superseded", style="dim")
 
 
 class Console:
@@ -80,9 +83,8 @@ class Console:
             first = _first(record.final or record.immediate)
             if first is None:
                 continue
-            table.add_row(
-                first.question.prompt, _line(first.before), record.request.target, _line(first.text), _mark(first)
-            )
+            mark = _SUPERSEDED if record.index in report.results["superseded"] else _mark(first)
+            table.add_row(first.question.prompt, _line(first.before), record.request.target, _line(first.text), mark)
         self._console.print(table)
         more = report.results["edits"] - _SHOWN_EDITS
         if more > 0:
@@ -110,8 +112,11 @@ class Console:
         if known := known_before(last):
             self.say(f"The unedited model gave the old answers to {shares(known)}")
 
-    def edits(self, records: Iterable[EditRecord]) -> None:
-        """A line for each edit, some hundreds at a time: nobody waits for the last one to see the first."""
+    def edits(self, records: Iterable[EditRecord], superseded: Collection[int] = ()) -> None:
+        """A line for each edit, some hundreds at a time: nobody waits for the last one to see the first.
+
+        Those numbered in ``superseded``, which a later one contradicts, aren't judged at the end.
+        """
         records = iter(records)
         for number in itertools.count():
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=number == 0, expand=True)
@@ -124,6 +129,8 @@ class Console:
                 loss = f"{record.curve.losses[-1]:.3f}" if record.curve.losses else ""
                 moments = (record.immediate, record.final)
                 marks = [_mark(r) if (r := _first(results)) else Text("") for results in moments]
+                if record.index in superseded:
+                    marks[1] = _SUPERSEDED
                 request = record.request
                 table.add_row(str(record.index), request.prompt, request.target, str(record.steps), loss, *marks)
             if number == 0 or table.row_count:
@@ -131,13 +138,15 @@ class Console:
             if table.row_count < _LINES:
                 return
 
-    def edit(self, record: EditRecord) -> None:
-        """All of one edit."""
+    def edit(self, record: EditRecord, *, superseded: bool = False) -> None:
+        """All of one edit, and whether a later one contradicts it."""
         request, curve = record.request, record.curve
         self._console.print(Text(f"{record.index}: {request.prompt} -> {request.target}", style="bold"))
         endings = {"diverged": curve.diverged, "out of memory": curve.out_of_memory, "converged": curve.converged}
         end = next((name for name, is_so in endings.items() if is_so), "out of steps")
         self.say(f"{end} after {curve.steps} steps: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
+        if superseded:
+            self.say("superseded: a later request has its prompt and another target")
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("measure", "prompt", "before", "at once", "", "at the end", ""):
             table.add_column(column, overflow="fold")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, overload
 
 import torch
@@ -313,7 +314,8 @@ class TrainedEditor(ABC):
         limit = most_tokens(self.model)
         if limit is not None and len(row.ids) > limit:
             raise ValueError(
-                f"prompt: expected at most {limit} tokens with its target, got {len(row.ids)} in {request.prompt!r}"
+                f"prompt: expected at most {limit} tokens with its target, got {len(row.ids)} in "
+                f"{shorten(request.prompt, 80)!r}"
             )
         return row
 

@@ -37,24 +37,30 @@ def list_edits(
     as_json: Json = False,
 ) -> None:
     """Each edit: number, prompt, target, and whether it held at once and at the end. Works while the run goes on."""
-    records = _journal(folder).records(first, limit)
+    from baft.runs.results import superseded
+
+    journal = _journal(folder)
+    records = journal.records(first, limit)
     if as_json:
         for record in records:
             typer.echo(json.dumps(record.as_json(), ensure_ascii=False))
     else:
-        Console().edits(records)
+        Console().edits(records, superseded(journal))
 
 
 @app.command()
 def show(folder: Folder, number: Number, as_json: Json = False) -> None:
     """All that is known of one edit: how it trained, and every text."""
-    record = next(_journal(folder).records(number, 1), None)
+    from baft.runs.results import superseded
+
+    journal = _journal(folder)
+    record = next(journal.records(number, 1), None)
     if record is None or record.index != number:
         raise ValueError(f"{folder}: expected the number of a request that was edited, got {number}")
     if as_json:
         typer.echo(json.dumps(record.as_json(), ensure_ascii=False))
     else:
-        Console().edit(record)
+        Console().edit(record, superseded=number in superseded(journal))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from baft.runs.retention import sample
 from baft.trained import TrainedEditor
 from baft_kernels.backends import resolve_backend
 
-__all__ = ["describe", "results", "results_so_far"]
+__all__ = ["describe", "results", "results_so_far", "superseded"]
 
 # Fluency is measured on at most this many requests.
 _FLUENT = 100
@@ -59,10 +59,9 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
     edits, sessions, settling = totals["edits"], journal.sessions(), journal.settling()
     if not edits:
         raise ValueError(f"{journal.path}: expected a run with edits, got one that has none yet")
-    done = journal.positions()
-    superseded = {*done}.difference(can_hold(known["conflicts"], done, journal.given_up()))
+    contradicted = superseded(journal)
     mode = known["protocol"]["mode"]
-    final = summarise(journal.measured("final", without=superseded))
+    final = summarise(journal.measured("final", without=contradicted))
     return {
         **known,
         "requests": known["requests"] - len(journal.dropped()),
@@ -81,11 +80,17 @@ def results_so_far(journal: Journal) -> dict[str, Any]:
             "settling_steps": sum(curve.steps for curve in settling),
         },
         "dropped": sorted(journal.dropped()),
-        "superseded": sorted(superseded),
+        "superseded": sorted(contradicted),
         "training": {name: totals[name] for name in ("converged", "diverged", "out_of_memory")},
         "settling": [curve_as_json(curve) for curve in settling],
         "sessions": sessions,
     }
+
+
+def superseded(journal: Journal) -> set[int]:
+    """Positions of the edits that a later one contradicts, so that they can't hold any more."""
+    done = journal.positions()
+    return {*done}.difference(can_hold(journal.description()["conflicts"], done, journal.given_up()))
 
 
 def results(context: RunContext, mode: str) -> dict[str, Any]:
