@@ -68,7 +68,7 @@ class Console:
             self.say(f"{left} edits used up their steps before their loss was low enough{worse}")
         padding = results["engine"].get("padding")
         self.say(
-            f"{timing['seconds_per_edit']:.2f} s an edit ({timing['steps']} steps), "
+            f"{timing['seconds_per_edit']:.2f} s an edit ({timing['steps']} steps in all), "
             f"{timing['total_seconds']:.0f} s in all, {memory['bytes_per_edit'] / 1024:.1f} KiB an edit, "
             f"{memory['peak_bytes']['process'] / 2**20:.0f} MiB at most; backend {results['backend']}"
             + ("" if padding is None else f", {padding:.0%} of what it computed was padding")
