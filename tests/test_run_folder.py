@@ -92,5 +92,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="expected a new or empty folder"):
+    with pytest.raises(ValueError, match=r"expected a new or empty folder.* holds other files"):
         RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a new or empty folder.* is a file"):
+        RunFolder(tmp_path / "thesis.tex")

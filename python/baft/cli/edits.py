@@ -69,9 +69,8 @@ def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
     from baft.runs.undo import cost_of_rollback, roll_back
 
     with _sequential_run(folder) as (place, words):
-        done = len(place.journal.positions())
         cost = cost_of_rollback(place, number)
-        _take_back(place, words, number, yes, cost, done - cost.kept, roll_back, "makes those taken back again")
+        _take_back(place, words, number, yes, cost, roll_back, "makes those taken back again")
 
 
 @app.command()
@@ -85,7 +84,7 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
 
     with _sequential_run(folder) as (place, words):
         if not is_waiting(place, number):
-            _take_back(place, words, number, yes, cost_of_drop(place, number), 1, drop_edit, "goes on from there")
+            _take_back(place, words, number, yes, cost_of_drop(place, number), drop_edit, "goes on from there")
             return
         console = Console()
         console.say(f"Request {number} hasn't been edited yet: nothing is to be made again.")
@@ -121,10 +120,8 @@ def _sequential_run(folder: Path) -> Iterator[tuple[RunFolder, RunWords]]:
         yield place, words
 
 
-def _take_back(
-    place: RunFolder, words: RunWords, number: int, yes: bool, cost: Cost, taken: int, do: Any, resumed: str
-) -> None:
-    """Say what taking back an edit costs, of which so many go for it, and do it.
+def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost: Cost, do: Any, resumed: str) -> None:
+    """Say what taking back an edit costs, and do it.
 
     Args:
         do: takes it back.
@@ -136,7 +133,7 @@ def _take_back(
 
     console, done = Console(), len(place.journal.positions())
     gone = "; results, report and adapter of the finished run go with that" if place.results.exists() else ""
-    console.say(f"{taken} of {_edits_are(done)} to be taken back{gone}.")
+    console.say(f"{cost.taken} of {_edits_are(done)} to be taken back{gone}.")
     again = f"{_edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
     console.say(f"{again}: {cost.seconds:.0f} s.")
     if not yes:

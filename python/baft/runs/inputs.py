@@ -98,10 +98,9 @@ def load_assignment(dataset: str, edits: int | None, seed: int) -> Assignment:
     The order of the requests is drawn from ``seed``; those of one prompt come among themselves as the data set has
     them, so that of two that contradict each other the one that stands later there is also the later one here.
     Unrelated texts are the prompts, and the locality prompts, of records that aren't edited, each with its old answer,
-    less every prompt that an edited record is measured with.
-    Held-out texts are what other such records say: prompts alone where none has an old answer. Of a file of which only
-    a stretch is named, all records of the rest are such records. A FactWorld has people set apart for each, and
-    strangers.
+    less every prompt that an edited record is measured with. Held-out texts are what other such records say: prompts
+    alone where none has an old answer. Of a file of which only a stretch is named, all records of the rest are such
+    records. A FactWorld has people set apart for each, and strangers.
 
     Raises:
         ValueError: if the data set has fewer records than ``edits``.

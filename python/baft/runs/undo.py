@@ -18,12 +18,14 @@ class Cost:
 
     Attributes:
         kept: edits before the first that is taken back.
+        taken: edits that are taken back, and not made again.
         checkpoint: edits in the checkpoint that it starts from.
         edits: edits to be made again.
         seconds: what they took, and the settling rounds too where the run settles again.
     """
 
     kept: int
+    taken: int
     checkpoint: int
     edits: int
     seconds: float
@@ -123,4 +125,4 @@ def _cost(folder: RunFolder, position: int, after: list[int], *, retried: int | 
     checkpoint = max((count for count in folder.checkpoints().counts() if count <= kept), default=0)
     again = {*done[checkpoint:kept], *after}
     seconds = sum(r.seconds for r in journal.records(measures=False) if r.index in again)
-    return Cost(kept, checkpoint, len(again), seconds)
+    return Cost(kept, len(done) - kept - len(after), checkpoint, len(again), seconds)
