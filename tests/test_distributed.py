@@ -25,6 +25,7 @@ from baft.distributed import ALONE, World
 from baft.engine.options import EngineOptions
 from baft.engine.step import Lesson
 from baft.evaluation.measures import Evaluator
+from baft.fingerprint import hash_of_weights
 from baft.runs.folder import RunFolder
 from baft.runs.inputs import load_model
 from baft.runs.run import open_context, run_edits
@@ -184,7 +185,8 @@ def do_everything(rank: int, count: int, folder: Path) -> None:
     editor, losses = edited_in_parts(folder, world)
     weight = next(editor.model.model.layers[0].mlp.parameters())
     save_file(editor.parameters(), folder / f"parts {world.rank}.safetensors")
-    texts = {"said": said(editor)[:3], "losses": losses, "part": weight.to_local().numel() / weight.numel()}
+    part = weight.to_local().numel() / weight.numel()
+    texts = {"said": said(editor)[:3], "losses": losses, "part": part, "hash": hash_of_weights(editor.model)}
     (folder / f"parts {world.rank}.json").write_text(json.dumps(texts))
 
 
@@ -259,6 +261,7 @@ def test_a_model_in_two_parts_is_edited_as_a_whole_one(folder: Path) -> None:
     whole, losses = edited_in_parts(folder, ALONE)
     assert texts["losses"] == pytest.approx(losses, rel=1e-3)
     assert texts["said"] == said(whole)[:3] == [request.target for request in REQUESTS[:3]]
+    assert texts["hash"] == hash_of_weights(whole.model)  # of all the parts
 
 
 def test_a_run_needs_a_request_for_each_process() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from baft import BaftEditor
+from baft.fingerprint import hash_of_weights
 from baft.placement import device_of
-from baft.runs.identity import hash_of_model
 from baft.runs.inputs import load_model
 
 __all__ = ["one_thread"]
@@ -65,19 +65,48 @@ def test_where_an_offloaded_model_computes() -> None:
     assert device_of(tiny_model()) == CPU
 
 
-@needs_accelerate
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_an_offloaded_model_is_edited_like_any(folder: Path, where: str) -> None:
+def offloaded(folder: Path, where: str) -> PreTrainedModel:
+    """The model in ``folder`` with all its weights in memory, or most of them on disk."""
     from accelerate import cpu_offload
 
     if where == "memory":
-        model = cpu_offload(tiny_model(), CPU)
-    else:
-        of_blocks = {f"model.layers.{block}": "disk" if block else "cpu" for block in range(3)}
-        others = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, device_map=of_blocks | others, offload_folder=str(folder / "offloaded")
-        ).eval()
+        return cpu_offload(AutoModelForCausalLM.from_pretrained(folder).eval(), CPU)
+    of_blocks = {f"model.layers.{block}": "disk" if block else "cpu" for block in range(3)}
+    others = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map=of_blocks | others, offload_folder=str(folder / "offloaded")
+    ).eval()
+
+
+@needs_accelerate
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_is_known_by_all_its_weights(tmp_path: Path, where: str) -> None:
+    """Those that are elsewhere, too: two models that differ in them alone are two models."""
+    hashes = []
+    for name, change in (("model", 0.0), ("other", 1e-3)):
+        plain = tiny_model()
+        with torch.no_grad():
+            plain.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] += change
+        hashes.append(hash_of_weights(plain))
+        model = offloaded(saved(plain, tmp_path / name), where)
+        assert hash_of_weights(model) == hashes[-1]
+        assert {weight.device.type for weight in model.get_submodule("model.layers.1").parameters()} == {"meta"}
+    assert hashes[0] != hashes[1]
+
+
+def test_weights_that_are_nowhere_are_not_passed_over() -> None:
+    model = tiny_model()
+    model.get_submodule("model.layers.1").to("meta")
+    with pytest.raises(
+        ValueError, match=r"^model: expected weights that can be read, got model\.layers\.1\.\S+ on the"
+    ):
+        hash_of_weights(model)
+
+
+@needs_accelerate
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_is_edited_like_any(folder: Path, where: str) -> None:
+    model = offloaded(folder, where)
     assert {weight.device.type for weight in model.get_submodule("model.layers.1").parameters()} == {"meta"}
     before = logits(model)
     editor = tiny_editor(model, layers=(1, 2))
@@ -120,7 +149,7 @@ def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel
 def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrainedModel) -> None:
     editor = tiny_editor(quantised)
     with editor.disabled():
-        before, weights = logits(quantised), hash_of_model(quantised)
+        before, weights = logits(quantised), hash_of_weights(quantised)
     assert not torch.equal(before, logits(wide_model())), "the model isn't quantised"
     assert said(editor) != TARGETS
     editor.edit(REQUESTS[:3])
@@ -128,7 +157,7 @@ def test_edits_train_on_a_quantised_model_that_stays_as_it_is(quantised: PreTrai
     assert {parameter.dtype for parameter in editor.interventions.parameters()} == {torch.float32}
     with editor.disabled():
         assert torch.equal(logits(quantised), before)
-    assert hash_of_model(quantised) == weights
+    assert hash_of_weights(quantised) == weights
     edited = logits(quantised)
     state = editor.state()
     editor.edit(REQUESTS[3:4])
@@ -161,11 +190,11 @@ def test_packed_weights_are_refused() -> None:
 
 
 def test_what_a_quantised_model_is_told_apart_by(quantised: PreTrainedModel) -> None:
-    before = hash_of_model(quantised)
+    before = hash_of_weights(quantised)
     weight = quantised.get_submodule("model.layers.0.mlp.up_proj").weight
     inner = weight.qdata if hasattr(weight, "qdata") else weight.data
     inner[0, 0] += 1
-    assert hash_of_model(quantised) != before
+    assert hash_of_weights(quantised) != before
 
 
 # -- bad input --

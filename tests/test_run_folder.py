@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from baft.fingerprint import hash_of_weights
 from baft.runs.environment import commit_of
 from baft.runs.folder import RunFolder
-from baft.runs.identity import differences, hash_of_configuration, hash_of_model
+from baft.runs.identity import differences, hash_of_configuration
 
 
 def test_differences_name_what_differs() -> None:
@@ -48,18 +49,18 @@ def test_the_commit_of_code_is_that_of_its_own_checkout(tmp_path: Path) -> None:
 
 def test_a_model_is_known_by_its_weights() -> None:
     model = tiny_model()
-    known = hash_of_model(model)
-    assert hash_of_model(tiny_model()) == known
+    known = hash_of_weights(model)
+    assert hash_of_weights(tiny_model()) == known
     weight = model.model.layers[1].mlp.up_proj.weight
     with torch.no_grad():
         kept_bits = weight.clone()
         weight[0, 0] += 1e-3
-        assert hash_of_model(model) != known
+        assert hash_of_weights(model) != known
         weight.copy_(kept_bits)
         weight[[0, 1]] = weight[[1, 0]]  # the same numbers in other places
-        assert hash_of_model(model) != known
+        assert hash_of_weights(model) != known
         weight[[0, 1]] = weight[[1, 0]]
-    assert hash_of_model(model) == known
+    assert hash_of_weights(model) == known
 
 
 def test_a_model_is_known_by_what_its_weights_do_not_show() -> None:

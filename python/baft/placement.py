@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
-__all__ = ["device_of", "keep_differentiable"]
+__all__ = ["at_hand", "device_of", "keep_differentiable"]
 
 _PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit layers
 
@@ -21,6 +24,20 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Weights of ``module`` itself that accelerate has put aside are where it computes, while this context lasts."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from baft.fingerprint import hash_of_weights
 from baft.requests import EditRequest
 from baft.runs.environment import versions
 
 __all__ = ["differences", "identify"]
-
-# Weights are summed in pieces, so that a model of any size needs little memory beside its own.
-_PIECE = 1 << 24
 
 # Of a model's configuration: where its files lie, and what wrote them.
 _OF_ITS_FILES = {"_name_or_path", "transformers_version"}
@@ -52,7 +48,7 @@ def identify(
         "model": {
             "class": type(model).__name__,
             "configuration": hash_of_configuration(model),
-            "sha256": hash_of_model(model),
+            "sha256": hash_of_weights(model),
         },
         "code": hash_of_code(),
         "versions": versions(),
@@ -94,42 +90,6 @@ def hash_of_configuration(model: nn.Module) -> str | None:
         return None
     known = {name: value for name, value in config.to_dict().items() if name not in _OF_ITS_FILES}
     return _hash_of([json.dumps(known, sort_keys=True, default=str)])
-
-
-@torch.no_grad()
-def hash_of_model(model: nn.Module) -> str:
-    """A hash of a model's weights: of each the name, dtype, shape, and two sums of its bytes, one by place.
-
-    Sums rather than a hash of all bytes, because the device that holds the weights can make them. It tells models apart
-    that differ by accident, and not by intent.
-    """
-    hashed = hashlib.sha256()
-    for name, weight in (*model.named_parameters(), *model.named_buffers()):
-        hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        for part in _plain(weight.detach()):
-            if part.device.type != "meta":
-                hashed.update(str(_sums(part.contiguous())).encode())
-    return hashed.hexdigest()
-
-
-def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a weight is made of: that of a quantised or distributed model is several tensors, or a part of one."""
-    if is_traceable_wrapper_subclass(weight):
-        names, _ = weight.__tensor_flatten__()
-        for name in names:
-            yield from _plain(getattr(weight, name))
-    else:
-        yield weight
-
-
-def _sums(weight: torch.Tensor) -> list[int]:
-    flat = weight.flatten().view(torch.uint8) if weight.ndim else weight.view(1).view(torch.uint8)
-    total = torch.zeros(2, dtype=torch.int64, device=weight.device)
-    for number, piece in enumerate(flat.split(_PIECE)):
-        values = piece.to(torch.int64)
-        places = torch.arange(1, len(values) + 1, device=weight.device)  # the product's overflow is as good as any bits
-        total += torch.stack((values.sum(), (values * (places + number)).sum()))
-    return total.tolist()
 
 
 @cache
