@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,29 @@ from baft.runs.identity import differences, hash_of_configuration
 def test_differences_name_what_differs() -> None:
     before = {"mode": "batch", "config": {"rank": 4, "layers": None}, "code": "abc"}
     now = {"mode": "batch", "config": {"rank": 8, "layers": None}, "code": "abd"}
-    assert differences(before, now) == ["config.rank was 4 and is 8", 'code was "abc" and is "abd"']
+    assert differences(before, now) == ["config.rank was 4 and is 8", "the code of baft changed"]
     assert differences(before, before) == []
+
+
+def test_differences_of_what_is_known_by_a_hash_are_told_in_words() -> None:
+    def identity(requests: int, texts: int | None, hashed: str) -> dict[str, Any]:
+        return {
+            "requests": {"number": requests, "sha256": hashed},
+            "unrelated texts": None if texts is None else {"number": texts, "sha256": hashed},
+            "model": {"class": "LlamaForCausalLM", "configuration": hashed, "sha256": hashed},
+        }
+
+    called = {"model": "tiny", "dataset": "facts.json"}
+    assert differences(identity(1000, 2, "a"), identity(1000, 3, "b"), **called) == [
+        "the requests of facts.json changed (1,000 before and now, but with other contents)",
+        "the unrelated texts of facts.json changed (2 before, 3 now)",
+        "the configuration of tiny changed",
+        "the weights of tiny changed",
+    ]
+    assert differences(identity(2, None, "a"), identity(1, 3, "a")) == [
+        "the requests of the data set changed (2 before, 1 now)",
+        "the unrelated texts of the data set changed (0 before, 3 now)",
+    ]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

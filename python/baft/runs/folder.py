@@ -159,7 +159,9 @@ class RunFolder:
             ValueError: if it is another's; the message says in what they differ.
         """
         known, now = self._read_identity(), json.loads(json.dumps(identity))
-        different = differences(known["identity"], now)
+        words = known["started_with"] if said is None else said
+        called = {what: str(words[what]) for what in ("model", "dataset") if what in words}
+        different = differences(known["identity"], now, **called)
         if different:
             commit = known.get("commit") if known["identity"].get("code") != now.get("code") else None
             way_back = f"; its code was that of commit {commit}: check that out" if commit else ""

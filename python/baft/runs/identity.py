@@ -19,6 +19,17 @@ from baft.runs.environment import versions
 
 __all__ = ["differences", "identify"]
 
+# What stands in an identity as a hash, in words.
+_HASHED = {
+    "requests": "the requests of {dataset}",
+    "unrelated texts": "the unrelated texts of {dataset}",
+    "held-out texts": "the held-out texts",
+    "tokenizer": "the tokenizer of {model}",
+    "model.configuration": "the configuration of {model}",
+    "model.sha256": "the weights of {model}",
+    "code": "the code of baft",
+}
+
 # Of a model's configuration: where its files lie, and what wrote them.
 _OF_ITS_FILES = {"_name_or_path", "transformers_version"}
 
@@ -55,17 +66,43 @@ def identify(
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
-    """Where two identities differ, each in words."""
+def differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    model: str = "the model",
+    dataset: str = "the data set",
+    inside: str = "",
+) -> list[str]:
+    """Where two identities differ, each in words.
+
+    Args:
+        model, dataset: what these are called.
+        inside: where the two are in larger ones.
+    """
     found = []
     for name in dict.fromkeys((*before, *now)):
         path = f"{inside}{name}"
         then, today = before.get(name), now.get(name)
-        if isinstance(then, Mapping) and isinstance(today, Mapping):
-            found += differences(then, today, f"{path}.")
-        elif then != today:
+        if then == today:
+            continue
+        if path in _HASHED:
+            found.append(f"{_HASHED[path].format(model=model, dataset=dataset)} changed{_numbers(then, today)}")
+        elif isinstance(then, Mapping) and isinstance(today, Mapping):
+            found += differences(then, today, model=model, dataset=dataset, inside=f"{path}.")
+        else:
             found.append(f"{path} was {json.dumps(then)} and is {json.dumps(today)}")
     return found
+
+
+def _numbers(before: Any, now: Any) -> str:
+    """How many texts or requests there were and are, where that is known beside their hash."""
+    if not isinstance(before, Mapping) and not isinstance(now, Mapping):
+        return ""
+    then, today = (value["number"] if value else 0 for value in (before, now))
+    if then == today:
+        return f" ({then:,} before and now, but with other contents)"
+    return f" ({then:,} before, {today:,} now)"
 
 
 def _hash_of(texts: Iterable[str]) -> str:
