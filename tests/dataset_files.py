@@ -29,7 +29,12 @@ def ask(prompt: str, *answers: str, group: str | None = None) -> Probe:
     return Probe(prompt=prompt, answers=answers, group=group)
 
 
-EXPECTED: dict[str, list[EditRequest]] = {
+def found_again(requests: list[EditRequest]) -> list[EditRequest]:
+    """Requests of which those without an identifier have their place in the file as theirs."""
+    return [r if r.id else r.model_copy(update={"id": f"record-{number}"}) for number, r in enumerate(requests)]
+
+
+_LOADED: dict[str, list[EditRequest]] = {
     "zsre.json": [
         EditRequest(
             prompt="Which valley holds Lake Orrin?",
@@ -358,3 +363,5 @@ EXPECTED: dict[str, list[EditRequest]] = {
         EditRequest(prompt="Nina Varga was born in", target="Lisbon", subject="Nina Varga", id="1"),
     ],
 }
+
+EXPECTED = {name: found_again(requests) for name, requests in _LOADED.items()}

@@ -34,6 +34,10 @@ def test_what_a_stretch_leaves_is_the_rest() -> None:
     assert load_with_rest("factworld") == (load_dataset("factworld"), [])
 
 
+def test_a_record_without_an_identifier_is_found_again_by_its_place_in_the_whole_file() -> None:
+    assert [request.id for request in load_dataset(f"{DATA}/zsre.json[1:]")] == ["record-1"]
+
+
 def test_a_stretch_of_mquake_keeps_cases_whole() -> None:
     assert load_dataset(f"{DATA}/mquake.json[:1]") == EXPECTED["mquake.json"][:2]
 

@@ -21,9 +21,9 @@ def test_every_field_of_a_format_lands_where_it_belongs(name: str) -> None:
 def test_an_mquake_case_without_id_still_groups_its_questions(tmp_path: Path) -> None:
     case = json.loads((DATA / "mquake.json").read_text())[0]
     del case["case_id"]
-    *_, last = load_dataset(write(tmp_path, [case]))
-    assert last.id == "case/1"
-    assert {probe.group for probe in last.portability["multi_hop"]} == {"case"}
+    *_, last = load_dataset(write(tmp_path, [case, case]))
+    assert last.id == "record-1/1"
+    assert {probe.group for probe in last.portability["multi_hop"]} == {"record-1"}
 
 
 def test_requests_written_as_json_load_as_they_were(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class EditRequest(BaseModel):
         locality: probes whose answer must not change, by kind (``{"neighbour": [...]}``); a bare list is one kind.
         portability: probes whose answer should follow from the edit, by kind.
         generation_prompts: texts that the model continues freely, for fluency.
-        id: the record's own identifier, if it has one.
+        id: what a person finds the record by: its own identifier, or one that its loader made of its place in the file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

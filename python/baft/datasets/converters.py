@@ -99,7 +99,7 @@ def mquake(record: Fields) -> list[EditRequest]:
     rewrites = record.children("requested_rewrite")
     if not rewrites:
         raise record.error("requested_rewrite", "at least one rewrite")
-    case = record.id or "case"
+    case = record.id
     old_hops, new_hops = record.children("single_hops"), record.children("new_single_hops")
     consequences = {
         "multi_hop": _probes(record.texts("questions"), record.texts("new_answer", "new_answer_alias"), group=case),
@@ -191,8 +191,12 @@ def wikibigedit(record: Fields) -> list[EditRequest]:
 
 
 def own(record: Fields) -> list[EditRequest]:
-    """Our own: the fields of ``EditRequest``, as its ``model_dump`` writes them or with its shorthands for probes."""
-    return [EditRequest.model_validate(dict(record.values))]
+    """Our own: the fields of ``EditRequest``, as its ``model_dump`` writes them or with its shorthands for probes.
+
+    Other fields are passed over.
+    """
+    known = {name: value for name, value in record.values.items() if name in EditRequest.model_fields}
+    return [EditRequest.model_validate({**known, "id": record.id})]
 
 
 def qaedit(record: Fields) -> list[EditRequest]:

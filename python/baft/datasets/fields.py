@@ -17,19 +17,28 @@ class Fields:
 
     Texts come out stripped: benchmarks have trailing spaces in prompts and targets, and whoever joins a prompt and its
     target must know that no space is there yet. Null, blank, empty and absent are the same: nothing.
+
+    Attributes:
+        number: the record's place in its file, from 0.
     """
 
     values: Mapping[str, Any]
     path: str = ""
+    number: int = 0
 
     @property
-    def id(self) -> str | None:
+    def own_id(self) -> str | None:
         """The record's own identifier, under either of the names that benchmarks use."""
         for name in ("case_id", "id"):
             value = self.values.get(name)
             if isinstance(value, str | int) and (text := str(value).strip()):
                 return text
         return None
+
+    @property
+    def id(self) -> str:
+        """What the record is found again by: its own identifier, or else its place in the file, as ``record-17``."""
+        return self.own_id or f"record-{self.number}"
 
     def texts(self, *names: str) -> tuple[str, ...]:
         """Every text under these fields, in order: a field holds a text, a number, or lists of them, nested at will."""

@@ -104,7 +104,7 @@ def _convert(path: Path, records: list[Any], first: int, end: int) -> list[EditR
                     f"has the fields of {record_format.name}, but record {first} has those of {file_format.name}:"
                     " expected one format in a file"
                 )
-            requests += record_format.convert(Fields(record))
+            requests += record_format.convert(Fields(record, number=index))
     return requests
 
 
@@ -114,7 +114,7 @@ def _blaming(where: str, record: Any) -> Iterator[None]:
     try:
         yield
     except (DatasetError, ValidationError) as error:
-        identifier = Fields(record).id if isinstance(record, Mapping) else None
+        identifier = Fields(record).own_id if isinstance(record, Mapping) else None
         where = f"{where} (id {identifier})" if identifier else where
         problem = _first_problem(error) if isinstance(error, ValidationError) else error
         raise DatasetError(f"{where}: {problem}") from None  # all of it is in the one line
