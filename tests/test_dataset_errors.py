@@ -151,6 +151,22 @@ RECORD_ERRORS = {
         "EditRequest.portability: Value error, expected a prompt, a probe, or a list of them as 'hop',"
         ' got {"hop": {"promt": "Bea is"}}',
     ),
+    "own, with a misspelt subject": (
+        {"prompt": "Ann is", "target": "tall", "subjects": "Ann", "id": 4},
+        "(id 4): expected the field 'subject', got 'subjects', which nothing reads",
+    ),
+    "own, with QAEdit's name beside an own one": (
+        {"prompt": "Ann is", "target": "tall", "ground_truth": "short", "rephrase": ["Tall is"]},
+        "expected the field 'rephrases', got 'rephrase', which nothing reads",
+    ),
+    "own, in other case": (
+        {"prompt": "Ann is", "target": "tall", "Ground_Truth": "short"},
+        "expected the field 'ground_truth', got 'Ground_Truth', which nothing reads",
+    ),
+    "QAEdit's, with a misspelt own one": (
+        {"prompt": "Ann is", "target": "tall", "rephrase": "Tall is", "ground_truths": "short"},
+        "expected the field 'ground_truth', got 'ground_truths', which nothing reads",
+    ),
     "several prompts": (ZSRE | {"src": ["A", "B"]}, 'field \'src\': expected one text, got ["A", "B"]'),
     "target of a wrong type": (ZSRE | {"alt": {"str": "B"}}, 'field \'alt\': expected text, got {"str": "B"}'),
     "alias of a wrong type": (

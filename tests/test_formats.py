@@ -32,6 +32,15 @@ def test_requests_written_as_json_load_as_they_were(tmp_path: Path) -> None:
     assert load_dataset(path) == requests
 
 
+def test_own_records_may_have_more_fields_and_numbers_as_identifiers(tmp_path: Path) -> None:
+    """Even one that QAEdit's records have: they have none of ours."""
+    record = {"prompt": "Ann is", "target": "tall", "rephrases": ["Tall is"], "source": "a book", "subject_id": 3}
+    (request,) = load_dataset(write(tmp_path, [{**record, "id": 17}]))
+    assert request == EditRequest(prompt="Ann is", target="tall", rephrases=("Tall is",), id="17")
+    (request,) = load_dataset(write(tmp_path, [{"prompt": "Ann is", "target": "tall", "rephrase": "Tall is"}]))
+    assert request.rephrases == ("Tall is",)  # as QAEdit calls them
+
+
 # -- the published files -----------------------------------------------------------------------------------------------
 
 

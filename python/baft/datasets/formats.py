@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from baft.datasets import converters
@@ -13,6 +14,10 @@ from baft.datasets.fields import Fields
 from baft.requests import EditRequest
 
 __all__ = ["FORMATS", "Format", "recognise"]
+
+# How alike a field's name and a known one are where it is a misspelt one: 1 is the same. "rephrase" and "rephrases" are
+# at 0.94, "subject_id" and "subject", of which the first may be anything, at 0.82.
+_MISSPELT = 0.85
 
 _TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list"}
 
@@ -26,18 +31,23 @@ class Format:
         required: these fields, and the type of the one whose name alone is ambiguous (else ``object``: any).
         optional: its other fields; they tell which format a broken record was meant to be in.
         convert: turns a record into edit requests.
-        strict: a record with any other field is in another format.
+        foreign: another format's fields, which tell a record that has the required ones of both.
+        own: fields that this one alone has of the two: with any of them a record is in it.
+        written_by_hand: the fields of records that people write themselves: what is nearly called so is misspelt. None
+            where records come from elsewhere, with whatever else they have.
     """
 
     name: str
     required: Mapping[str, type]
     optional: AbstractSet[str]
     convert: Callable[[Fields], list[EditRequest]]
-    strict: bool = False
+    foreign: AbstractSet[str] = frozenset()
+    own: AbstractSet[str] = frozenset()
+    written_by_hand: AbstractSet[str] = frozenset()
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the first required field that is not as it should be; None if the record fits."""
-        if self.strict and (foreign := record.keys() - self.required.keys() - self.optional):
+        if (foreign := record.keys() & self.foreign) and not record.keys() & self.own:
             return f"field '{min(foreign)}' is not one of its fields"
         for field, kind in self.required.items():
             if field not in record:
@@ -48,7 +58,28 @@ class Format:
 
     def likeness(self, record: Mapping[str, Any]) -> int:
         """How many of this format's fields the record has."""
-        return len(record.keys() & (self.required.keys() | self.optional))
+        return len(record.keys() & self.fields)
+
+    @property
+    def fields(self) -> AbstractSet[str]:
+        """All of its fields."""
+        return self.required.keys() | self.optional
+
+    def check_names(self, record: Mapping[str, Any]) -> None:
+        """Make sure that no field is misspelt, and passed over for that.
+
+        Raises:
+            DatasetError: if one is nearly called like a known one that the record doesn't have.
+        """
+        missing = sorted(self.written_by_hand - record.keys())
+        for name in sorted(record.keys() - self.fields):
+            for meant in get_close_matches(name.casefold(), missing, 1, _MISSPELT):
+                raise DatasetError(f"expected the field '{meant}', got '{name}', which nothing reads")
+
+
+# What tells our own records from QAEdit's.
+_OWN = EditRequest.model_fields.keys()
+_QAEDIT = {"prompt", "target", "id", "source", "subject", "rephrase", "locality"}
 
 
 FORMATS = (
@@ -91,15 +122,18 @@ FORMATS = (
     Format(
         "EditRequest",
         required={"prompt": object, "target": object},
-        optional=EditRequest.model_fields.keys() - {"prompt", "target"},
+        optional=_OWN - {"prompt", "target"},
         convert=converters.own,
-        strict=True,
+        foreign=_QAEDIT - _OWN,
+        own=_OWN - _QAEDIT,
+        written_by_hand=_OWN,
     ),
     Format(
         "QAEdit",
         required={"prompt": object, "target": object},
-        optional={"id", "source", "subject", "rephrase", "locality"},
+        optional=_QAEDIT - {"prompt", "target"},
         convert=converters.qaedit,
+        written_by_hand=_OWN | _QAEDIT,
     ),
     Format(
         "EasyEdit (flat CounterFact and WikiBigEdit, KnowEdit, WISE)",
@@ -118,12 +152,14 @@ def recognise(record: Any) -> Format:
     """Tell the format of a record by its fields.
 
     Raises:
-        DatasetError: the record is in no known format; the message names the nearest one and what it lacks for that.
+        DatasetError: the record is in no known format; the message names the nearest one and what it lacks for that. Or
+            it has a misspelt field.
     """
     if not isinstance(record, Mapping):
         raise DatasetError(f"expected an object, got {describe(record)}")
     for known in FORMATS:
         if known.problem(record) is None:
+            known.check_names(record)
             return known
     nearest = max(FORMATS, key=lambda known: known.likeness(record))
     if nearest.likeness(record):
