@@ -32,7 +32,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def record() -> EditRecord:
     """An edit with all of ``MARKED`` in every text of it."""
     text = " ".join(MARKED)
-    request = EditRequest(prompt=f"prompt {text}", target=f"target {text}")
+    request = EditRequest(prompt=f"prompt {text}", target=f"target {text}", id="case[7]")
     answer = ProbeResult(
         Question("reliability", "reliability", f"prompt {text}", (f"target {text}",)),
         text=f"said {text}",
@@ -51,9 +51,12 @@ def assert_whole(printed: str, *texts: str) -> None:
 
 def test_texts_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Console().edits([record()])
-    assert_whole(capsys.readouterr().out, "prompt", "target")
+    printed = capsys.readouterr().out
+    assert_whole(printed, "prompt", "target")
+    assert "case[7]" in printed
     Console().edit(record())
-    assert_whole(capsys.readouterr().out, "prompt", "before", "said")
+    printed = capsys.readouterr().out
+    assert_whole(printed, "edit 0 (id case[7]): prompt", "before", "said")
     Console().continuations([{name: f"{name} {' '.join(MARKED)}" for name in ("prompt", "before", "after")}])
     assert_whole(capsys.readouterr().out, "prompt", "before: before", "after:  after")
     journal = Journal(None)

@@ -84,6 +84,21 @@ def test_a_question_that_is_too_long_is_named(request_: dict[str, Any], what: st
     assert not editor.edits
 
 
+def test_whose_answer_takes_the_room_is_named() -> None:
+    """It is generated at the same length after all questions: the first that this is too long for isn't to blame."""
+    wide = EditRequest(prompt=f"Bob is {WIDE}", target="t")
+    long = EditRequest(prompt="Ada Lund is", target="t", target_aliases=("the king of Norland " * 8,), id="case 7")
+    editor = tiny_editor(tiny_model("gpt2"))
+    needed = tokens_needed(editor.encoder, [long])
+    blamed = f"and {needed} to follow, as many as the longest answer of request 1 (id case 7), 'Ada Lund is' needs"
+    with pytest.raises(ValueError, match=f"^request 0, 'Bob is .*{re.escape(blamed)}$"):
+        check_room(editor, [wide, long], needed)
+    with pytest.raises(ValueError, match=f"^request 0, 'Bob is .*and {needed} to follow$"):
+        check_room(editor, [wide], needed)  # nobody's: it was asked for
+    with pytest.raises(ValueError, match=r"^request 1 \(id case 7\): prompt: expected at most 64 tokens"):
+        editor.check([wide, long.model_copy(update={"target": 2 * WIDE})])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_what_just_fits_is_asked(family: str) -> None:
     """These models have an embedding for each place in a text, and none for more."""

@@ -135,10 +135,23 @@ def test_conflicts_are_listed_and_what_was_contradicted_does_not_count(tmp_path:
     results = run_in(tmp_path, requests=[*ASKED[:3], again, other], listener=listener, max_steps=30).results
     prompts = [ASKED[0].prompt, ASKED[1].prompt]
     assert results["conflicts"] == [
-        {"kind": "duplicate", "prompt": prompts[0], "positions": [0, 3], "targets": ["Ebor", "Ebor"]},
-        {"kind": "contradiction", "prompt": prompts[1], "positions": [1, 4], "targets": ["Arvik", "Sudland"]},
+        {
+            "kind": "duplicate",
+            "prompt": prompts[0],
+            "positions": [0, 3],
+            "ids": [None, "again"],
+            "targets": ["Ebor", "Ebor"],
+        },
+        {
+            "kind": "contradiction",
+            "prompt": prompts[1],
+            "positions": [1, 4],
+            "ids": [None, None],
+            "targets": ["Arvik", "Sudland"],
+        },
     ]
     assert [text for text in listener.said if "the last one wins" in text and repr(prompts[1]) in text]
+    assert any("(0: 'Ebor', 3 (id again): 'Ebor')" in text for text in listener.said)
     assert results["metrics"]["immediate"]["reliability"]["generation"] == 1.0
     assert results["metrics"]["final"]["reliability"]["generation"] == 1.0
     assert results["superseded"] == [1]

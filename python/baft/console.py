@@ -15,6 +15,7 @@ from rich.text import Text
 from baft.evaluation.measures import known_before, shares
 from baft.evaluation.probes import MEASURES, ProbeResult
 from baft.progress import Lines, ProgressWatcher, bars
+from baft.requests import numbered
 from baft.runs.folder import RunFolder
 from baft.runs.records import EditRecord
 from baft.runs.run import RunReport
@@ -113,14 +114,14 @@ class Console:
             self.say(f"The unedited model gave the old answers to {shares(known)}")
 
     def edits(self, records: Iterable[EditRecord], superseded: Collection[int] = ()) -> None:
-        """A line for each edit, some hundreds at a time: nobody waits for the last one to see the first.
+        """A row for each edit, some hundreds at a time: nobody waits for the last one to see the first.
 
         Those numbered in ``superseded``, which a later one contradicts, aren't judged at the end.
         """
         records = iter(records)
         for number in itertools.count():
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=number == 0, expand=True)
-            table.add_column("number", justify="right", width=6)
+            table.add_column("number", justify="right", width=11, overflow="fold")
             table.add_column("prompt", overflow="fold", ratio=2)
             table.add_column("target", overflow="fold", ratio=1)
             for column, width in (("steps", 5), ("loss", 6), ("at once", 7), ("at the end", 10)):
@@ -132,7 +133,8 @@ class Console:
                 if record.index in superseded:
                     marks[1] = _SUPERSEDED
                 request = record.request
-                table.add_row(str(record.index), request.prompt, request.target, str(record.steps), loss, *marks)
+                place = Text.assemble(str(record.index), (f"\n{request.id}" if request.id else "", "dim"))
+                table.add_row(place, request.prompt, request.target, str(record.steps), loss, *marks)
             if number == 0 or table.row_count:
                 self._console.print(table)
             if table.row_count < _LINES:
@@ -141,7 +143,8 @@ class Console:
     def edit(self, record: EditRecord, *, superseded: bool = False) -> None:
         """All of one edit, and whether a later one contradicts it."""
         request, curve = record.request, record.curve
-        self._console.print(Text(f"{record.index}: {request.prompt} -> {request.target}", style="bold"))
+        name = numbered(record.index, request, "edit")
+        self._console.print(Text(f"{name}: {request.prompt} -> {request.target}", style="bold"))
         endings = {"diverged": curve.diverged, "out of memory": curve.out_of_memory, "converged": curve.converged}
         end = next((name for name, is_so in endings.items() if is_so), "out of steps")
         self.say(f"{end} after {curve.steps} steps: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
-__all__ = ["EditRequest", "Probe"]
+__all__ = ["EditRequest", "Probe", "numbered"]
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
@@ -118,3 +118,8 @@ class EditRequest(BaseModel):
     def accepted(self) -> tuple[str, ...]:
         """Every text that counts as the target: the target itself first, then its aliases."""
         return tuple(dict.fromkeys((self.target, *self.target_aliases)))
+
+
+def numbered(position: int, request: EditRequest, what: str = "request") -> str:
+    """A request as messages name it: ``what`` it is there, its place in the run's order, and what it is found by."""
+    return f"{what} {position}" + (f" (id {request.id})" if request.id else "")

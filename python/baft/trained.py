@@ -28,7 +28,7 @@ from baft.engine.self_written import write_texts
 from baft.engine.surroundings import WRITTEN_AHEAD, Surroundings
 from baft.engine.unrelated import UnrelatedPool
 from baft.placement import keep_differentiable
-from baft.requests import EditRequest
+from baft.requests import EditRequest, numbered
 
 __all__ = ["TrainedEditor"]
 
@@ -247,10 +247,13 @@ class TrainedEditor(ABC):
         """Make sure that each of ``requests`` can be edited.
 
         Raises:
-            ValueError: as ``edit``.
+            ValueError: as ``edit``, with the request's number.
         """
-        for request in requests:
-            self._encode(request)
+        for number, request in enumerate(requests):
+            try:
+                self._encode(request)
+            except ValueError as error:
+                raise ValueError(f"{numbered(number, request)}: {error}") from error
 
     def look_ahead(self, requests: Sequence[EditRequest]) -> None:
         """Have the unedited model write together what editing each of ``requests`` will ask of it, and do no more.

@@ -9,7 +9,7 @@ from baft.editing import Editor
 from baft.engine.encoding import Encoder, most_tokens
 from baft.evaluation.fluency import FREE_TOKENS, free_prompts
 from baft.evaluation.probes import questions
-from baft.requests import EditRequest
+from baft.requests import EditRequest, numbered
 
 __all__ = ["ANSWER_TOKENS", "check_room", "tokens_needed"]
 
@@ -49,9 +49,22 @@ def check_room(editor: Editor, requests: Sequence[EditRequest], answer_tokens: i
         for what, prompt, asked, following in _lengths(editor.encoder, request, answer_tokens, fluency):
             if asked + following > limit:
                 raise ValueError(
-                    f"request {number}, {shorten(request.prompt, 80)!r}: expected at most {limit} tokens, as the model "
-                    f"takes no more, got {asked} of {what} {shorten(prompt, 80)!r} and {following} to follow"
+                    f"{_named(number, request)}: expected at most {limit} tokens, as the model takes no more, got "
+                    f"{asked} of {what} {shorten(prompt, 80)!r} and {following} to follow"
+                    + _whose_answer(editor.encoder, requests, number, following)
                 )
+
+
+def _named(number: int, request: EditRequest) -> str:
+    return f"{numbered(number, request)}, {shorten(request.prompt, 80)!r}"
+
+
+def _whose_answer(encoder: Encoder, requests: Sequence[EditRequest], number: int, tokens: int) -> str:
+    """In words, whose answer needs so many tokens, where that isn't the request with this number itself."""
+    needing = [n for n, request in enumerate(requests) if tokens_needed(encoder, [request]) == tokens]
+    if tokens == ANSWER_TOKENS or not needing or number in needing:
+        return ""
+    return f", as many as the longest answer of {_named(needing[0], requests[needing[0]])} needs"
 
 
 def _lengths(

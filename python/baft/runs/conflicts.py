@@ -12,7 +12,7 @@ __all__ = ["can_hold", "conflicts", "in_words"]
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
-    """Prompts that several requests share: ``positions``, ``targets``, and ``kind``.
+    """Prompts that several requests share: ``positions``, ``ids``, ``targets``, and ``kind``.
 
     ``duplicate`` requests want the same; of ``contradiction`` the later one wins.
     """
@@ -24,7 +24,8 @@ def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
         if len(positions) > 1:
             targets = [requests[position].target for position in positions]
             kind = "duplicate" if len(set(map(normalise, targets))) == 1 else "contradiction"
-            found.append({"kind": kind, "prompt": prompt, "positions": positions, "targets": targets})
+            ids = [requests[position].id for position in positions]
+            found.append({"kind": kind, "prompt": prompt, "positions": positions, "ids": ids, "targets": targets})
     return found
 
 
@@ -48,6 +49,7 @@ def can_hold(found: Sequence[dict[str, Any]], done: Sequence[int], given_up: Col
 
 def in_words(conflict: dict[str, Any]) -> str:
     """A conflict in words."""
-    asked = ", ".join(f"{p}: {t!r}" for p, t in zip(conflict["positions"], conflict["targets"], strict=True))
+    each = zip(conflict["positions"], conflict["ids"], conflict["targets"], strict=True)
+    asked = ", ".join(f"{position}{f' (id {id})' if id else ''}: {target!r}" for position, id, target in each)
     ends = "the last one wins" if conflict["kind"] == "contradiction" else "they want the same"
     return f"{conflict['prompt']!r} is asked for {len(conflict['positions'])} times ({asked}): {ends}"

@@ -19,6 +19,7 @@ from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.engine.slots import ran_out
+from baft.requests import numbered
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
@@ -40,16 +41,17 @@ class RequestError(RuntimeError):
     """A run has ended at a request that it can't get past.
 
     Args:
-        position: the request's.
+        request: what it is called.
+        position: its own.
         reason: why.
         folder: the run's, if it has one.
     """
 
-    def __init__(self, position: int, reason: Exception, folder: Path | None) -> None:
+    def __init__(self, request: str, position: int, reason: Exception, folder: Path | None) -> None:
         way_on = (
             f"; to go on without it: baft edits drop {folder} {position} --yes, then baft run --resume --out {folder}"
         )
-        super().__init__(f"request {position}: {reason}{way_on if folder else ''}")
+        super().__init__(f"{request}: {reason}{way_on if folder else ''}")
 
 
 class SequentialRun:
@@ -172,7 +174,8 @@ class SequentialRun:
         immediate = context.evaluator.measure([request])[0]
         if curve.diverged or curve.out_of_memory:
             why = "had no finite loss" if curve.diverged else "needs more memory than there is"
-            context.say(f"edit {position} {why}: it is left out, and the editor as it was before it")
+            name = numbered(position, request, "edit")
+            context.say(f"{name} {why}: it is left out, and the editor as it was before it")
         return EditRecord(position, request, curve, seconds, steps, immediate)
 
     @contextmanager
@@ -184,7 +187,8 @@ class SequentialRun:
             if isinstance(error, RuntimeError) and not (isinstance(error, DivergedError) or ran_out(error)):
                 raise
             checkpoints = self._context.checkpoints
-            raise RequestError(position, error, checkpoints.folder.parent if checkpoints else None) from error
+            name = numbered(position, self._context.requests[position])
+            raise RequestError(name, position, error, checkpoints.folder.parent if checkpoints else None) from error
 
     def _train(self, position: int, *, again: bool = False) -> tuple[Curve, int]:
         """Edit a request; one that has to be given up leaves the editor as it was.
