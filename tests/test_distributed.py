@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import LOOPBACK, PATIENCE, in_processes
+from processes import PATIENCE, in_processes
 from safetensors.torch import load_file, save_file
 from small_runs import ASKED, PLAN, small_editor
 from tiny import REQUESTS, UNRELATED, moved_from_identity, one_thread, tiny_editor, tiny_model, tiny_tokenizer
@@ -30,6 +28,7 @@ from baft.runs.folder import RunFolder
 from baft.runs.inputs import load_model
 from baft.runs.run import open_context, run_edits
 from baft.runs.sequential import SequentialRun
+from baft.runs.undo import drop, roll_back
 
 __all__ = ["one_thread"]
 
@@ -150,6 +149,27 @@ def gone_on_with(folder: Path, world: World, stops: Sequence[int]) -> tuple[dict
     return editor.state(), texts
 
 
+def taken_back_with(folder: Path, world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A run of six edits, of which those from the fourth on are taken back, and then the second.
+
+    Returns:
+        The editor's state in the end, and that of one that was never asked for what was taken back.
+    """
+    gone_on_with(folder, world, [6])
+    place = RunFolder(folder) if world.writes else None
+    for take_back, number in ((roll_back, 4), (drop, 1)):
+        editor = small_editor(options=EngineOptions(world=world))
+        context = open_context(editor, ASKED[:6], plan=PLAN, folder=place, world=world)
+        take_back(context, place, number)
+    assert context.journal.positions() == [0, 2, 3]
+    if place:
+        assert len(json.loads((place.adapter / "edits.json").read_text())["edits"]) == 3
+        place.close()
+    other = small_editor(options=EngineOptions(world=world))
+    other.edit([ASKED[0], *ASKED[2:4]])
+    return editor.state(), other.state()
+
+
 def finished_with(folder: Path, world: World) -> list[Any]:
     """Single edits, of which the last is made by a run that goes on: one request for two processes."""
     for count in (2, 3):
@@ -180,6 +200,9 @@ def do_everything(rank: int, count: int, folder: Path) -> None:
         state, texts = gone_on_with(folder / name, world, stops)
         save_file(state, folder / f"{name} {world.rank}.safetensors")
         (folder / f"{name} {world.rank}.json").write_text(json.dumps(texts))
+    taken_back, never_asked = taken_back_with(folder / "taken back", world)
+    save_file(taken_back, folder / f"taken back {world.rank}.safetensors")
+    save_file(never_asked, folder / f"never asked {world.rank}.safetensors")
     (folder / f"finished {world.rank}.json").write_text(json.dumps(finished_with(folder / "finished", world)))
     os.environ |= {"LOCAL_RANK": str(world.rank), "RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     editor, losses = edited_in_parts(folder, world)
@@ -246,6 +269,12 @@ def test_a_run_of_two_goes_on_as_if_it_had_never_stopped(folder: Path) -> None:
     assert others == [texts] * 3
 
 
+def test_edits_that_two_take_back_are_as_if_never_made(folder: Path) -> None:
+    (first, second), (expected, _) = both(folder, "taken back"), both(folder, "never asked")
+    assert first.keys() == expected.keys() == second.keys()
+    assert all(torch.equal(first[name], expected[name]) and torch.equal(second[name], expected[name]) for name in first)
+
+
 def test_single_edits_of_two_go_on_with_fewer_requests_than_processes(folder: Path, tmp_path: Path) -> None:
     first, second = both_said(folder, "finished")
     assert first == second
@@ -287,30 +316,3 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"a process of its own accord|Connection"):
         in_processes(fail_in_one, tmp_path)
     assert time.monotonic() - began < PATIENCE / 2
-
-
-# -- torchrun --
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | LOOPBACK
-    return subprocess.run(
-        [*command, "-m", "baft.cli", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-
-
-def test_the_command_under_torchrun(testbed: Path, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("{rank: 8, batch_passes: 3, unrelated_per_step: 4}")
-    arguments = ("--model", testbed, "--dataset", "factworld", "--mode", "batch", "--edits", 4, "--config", config)
-    done = torchrun("run", *arguments, "--out", tmp_path / "run", "--json")
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)  # one process has printed, and nothing else
-    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["timing"]["processes"] == 2
-    assert len((tmp_path / "run" / "edits.jsonl").read_text().splitlines()) == 4

@@ -58,7 +58,8 @@ class World:
         """What each process has for its part, in the order of the processes; all get all of it."""
         values = [value] * self.parts
         if self.parts > 1:
-            dist.all_gather_object(values, value)
+            with _hearing_others():
+                dist.all_gather_object(values, value)
         return values
 
     def merged(self, share: Sequence[T]) -> list[T]:
@@ -73,7 +74,8 @@ class World:
         """``value`` as the first process has it."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            with _hearing_others():
+                dist.broadcast_object_list(values)
         return values[0]
 
     def each_of_the_first_ones(self, values: Iterable[T]) -> Iterator[T]:
@@ -88,7 +90,8 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 received = tensor.clone()
-                dist.broadcast(received, 0)
+                with _hearing_others():
+                    dist.broadcast(received, 0)
                 tensor.copy_(received)  # which autograd notices, and with it what is packed by a parameter's version
 
     @torch.no_grad()
@@ -97,7 +100,8 @@ class World:
         if self.parts == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
-        dist.all_reduce(flat)
+        with _hearing_others():
+            dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -105,10 +109,10 @@ class World:
     def one_first(self) -> Iterator[None]:
         """The writing process goes through this context before the others: what it leaves on disk, they find."""
         if self.size > 1 and not self.writes:
-            dist.barrier()
+            _wait_for_others()
         yield
         if self.size > 1 and self.writes:
-            dist.barrier()
+            _wait_for_others()
 
 
 ALONE = World()
@@ -134,5 +138,20 @@ def launched() -> Iterator[World]:
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size())
-    dist.barrier()  # the first to leave takes the meeting point with it
+    _wait_for_others()  # the first to leave takes the meeting point with it
     dist.destroy_process_group()
+
+
+def _wait_for_others() -> None:
+    with _hearing_others():
+        dist.barrier()
+
+
+@contextmanager
+def _hearing_others() -> Iterator[None]:
+    """Say in what goes wrong between processes that it does: the reason is what another one has said."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).split(". ")[0]
+        raise RuntimeError(f"another process of this run has ended, or can't be reached ({first})") from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,13 @@ from baft.cli.options import Json
 from baft.console import Console
 
 if TYPE_CHECKING:
+    from baft.distributed import World
+    from baft.runs.context import RunContext
     from baft.runs.folder import RunFolder
     from baft.runs.start import RunWords
     from baft.runs.undo import Cost
+
+    TakeBack = Callable[[RunContext, RunFolder | None, int], None]
 
 __all__ = ["app"]
 
@@ -68,9 +73,10 @@ def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
     """Go back to the state before an edit, exactly: that one and all after it are as if never made."""
     from baft.runs.undo import cost_of_rollback, roll_back
 
-    with _sequential_run(folder) as (place, words):
-        cost = cost_of_rollback(place, number)
-        _take_back(place, words, number, yes, cost, roll_back, "makes those taken back again")
+    with _sequential_run(folder) as run:
+        if run.place:
+            run.say_cost(cost_of_rollback(run.place, number))
+        run.take_back(number, yes, roll_back, "makes those taken back again")
 
 
 @app.command()
@@ -82,17 +88,19 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
     from baft.runs.undo import cost_of_drop, is_waiting, leave_out
     from baft.runs.undo import drop as drop_edit
 
-    with _sequential_run(folder) as (place, words):
-        if not is_waiting(place, number):
-            _take_back(place, words, number, yes, cost_of_drop(place, number), drop_edit, "goes on from there")
+    with _sequential_run(folder) as run:
+        waiting = run.world.first_ones(is_waiting(run.place, number) if run.place else False)
+        if not waiting:
+            if run.place:
+                run.say_cost(cost_of_drop(run.place, number))
+            run.take_back(number, yes, drop_edit, "goes on from there")
             return
-        console = Console()
-        console.say(f"Request {number} hasn't been edited yet: nothing is to be made again.")
-        if yes:
-            leave_out(place, number)
-            console.say(f"It is left out; `baft run --resume --out {folder}` goes on without it.")
-        else:
-            console.say(_NOTHING_DONE)
+        run.console.say(f"Request {number} hasn't been edited yet: nothing is to be made again.")
+        if not yes:
+            run.console.say(_NOTHING_DONE)
+        elif run.place:
+            leave_out(run.place, number)
+            run.console.say(f"It is left out; `baft run --resume --out {folder}` goes on without it.")
 
 
 def _journal(folder: Path) -> Any:
@@ -105,52 +113,84 @@ def _journal(folder: Path) -> Any:
     return Journal(path, read_only=True)
 
 
+@dataclass(frozen=True)
+class _SequentialRun:
+    """A sequential run of which something is to be taken back.
+
+    Attributes:
+        words: what it was started with.
+        world: the processes that do it together.
+        place: the run's folder, in the one that writes.
+        console: prints in that one.
+    """
+
+    words: RunWords
+    world: World
+    place: RunFolder | None
+    console: Console
+
+    def say_cost(self, cost: Cost) -> None:
+        """Say what taking back takes; of the process that writes."""
+        assert self.place is not None
+        done = len(self.place.journal.positions())
+        finished = self.place.results.exists()
+        gone = "; results, report and adapter of the finished run go with that" if finished else ""
+        self.console.say(f"{cost.taken} of {_edits_are(done)} to be taken back{gone}.")
+        again = f"{_edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
+        self.console.say(f"{again}: {cost.seconds:.0f} s.")
+
+    def take_back(self, number: int, yes: bool, do: TakeBack, resumed: str) -> None:
+        """Take back an edit, if that is to be done.
+
+        Args:
+            do: takes it back.
+            resumed: what resuming the run does then.
+        """
+        from baft.runs.logs import open_log
+        from baft.runs.run import open_context
+        from baft.runs.start import start
+
+        words, place = self.words, self.place
+        if not yes:
+            self.console.say(_NOTHING_DONE)
+            return
+        with self.console.progress() as watcher:
+            started = start(words, place, on_training=watcher.training, world=self.world)
+            log = open_log(words.log, place.path) if words.log and place else None
+            context = open_context(
+                started.editor,
+                started.requests,
+                plan=started.plan,
+                folder=place,
+                watcher=watcher,
+                log=log,
+                world=self.world,
+            )
+            do(context, place, number)
+            context.close()
+            if log:
+                log.close()
+        if place:
+            left = _edits_are(len(place.journal.positions()))
+            self.console.say(f"{left} in {place.adapter}; `baft run --resume --out {place.path}` {resumed}.")
+
+
 @contextmanager
-def _sequential_run(folder: Path) -> Iterator[tuple[RunFolder, RunWords]]:
-    """The folder of a sequential run, and the words it was started with."""
+def _sequential_run(folder: Path) -> Iterator[_SequentialRun]:
+    """The sequential run in a folder, which no other command is at meanwhile."""
+    from baft.distributed import launched
     from baft.runs.folder import RunFolder
     from baft.runs.start import RunWords
 
-    with RunFolder(folder, begun=True) as place:
-        words = RunWords(**place.started_with())
+    with launched() as world, RunFolder(folder, begun=True) if world.writes else nullcontext() as place:
+        words = world.first_ones(RunWords(**place.started_with()) if place else None)
+        assert words is not None
         if words.mode != "sequential":
             raise ValueError(
                 f"{folder}: expected a sequential run, got a {words.mode} one, whose edits don't follow each other"
             )
-        yield place, words
-
-
-def _take_back(place: RunFolder, words: RunWords, number: int, yes: bool, cost: Cost, do: Any, resumed: str) -> None:
-    """Say what taking back an edit costs, and do it.
-
-    Args:
-        do: takes it back.
-        resumed: what resuming the run does then.
-    """
-    from baft.runs.logs import open_log
-    from baft.runs.run import open_context
-    from baft.runs.start import start
-
-    console, done = Console(), len(place.journal.positions())
-    gone = "; results, report and adapter of the finished run go with that" if place.results.exists() else ""
-    console.say(f"{cost.taken} of {_edits_are(done)} to be taken back{gone}.")
-    again = f"{_edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
-    console.say(f"{again}: {cost.seconds:.0f} s.")
-    if not yes:
-        console.say(_NOTHING_DONE)
-        return
-    with console.progress() as watcher:
-        started = start(words, place, on_training=watcher.training)
-        log = open_log(words.log, place.path) if words.log else None
-        context = open_context(
-            started.editor, started.requests, plan=started.plan, folder=place, watcher=watcher, log=log
-        )
-        do(context, place, number)
-        context.close()
-        if log:
-            log.close()
-    left = _edits_are(len(place.journal.positions()))
-    console.say(f"{left} in {place.adapter}; `baft run --resume --out {place.path}` {resumed}.")
+        world = replace(world, one_model=words.tensor_parallel)
+        yield _SequentialRun(words, world, place, Console(silent=not world.writes))
 
 
 def _edits_are(number: int) -> str:

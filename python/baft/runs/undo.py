@@ -51,36 +51,36 @@ def cost_of_drop(folder: RunFolder, position: int) -> Cost:
     return replace(cost, seconds=cost.seconds + sum(curve.seconds for curve in journal.settling()))
 
 
-def roll_back(context: RunContext, folder: RunFolder, position: int) -> None:
+def roll_back(context: RunContext, folder: RunFolder | None, position: int) -> None:
     """Go back to the state before the request at ``position``: that, and what came after it, is as if never made.
 
     Broken off, it can be asked for again.
 
+    Args:
+        folder: the run's, in the process of ``context.world`` that writes; None in the others.
+
     Raises:
         ValueError: if no such request has been edited.
     """
-    assert context.checkpoints is not None
-    cost = cost_of_rollback(folder, position)
-    folder.reopen()
-    context.checkpoints.cut(cost.kept)  # first: a checkpoint is never of more edits than the journal
-    context.journal.cut(position)
-    _make_again(context, folder, up_to=cost.kept)
+    kept = context.world.first_ones(cost_of_rollback(folder, position).kept if folder else 0)
+    _cut(context, folder, position, kept)
+    _make_again(context, folder, up_to=kept)
 
 
-def drop(context: RunContext, folder: RunFolder, position: int) -> None:
+def drop(context: RunContext, folder: RunFolder | None, position: int) -> None:
     """Leave the request at ``position`` out, and edit again what came after it.
 
     Broken off, it is a run like others that ``baft run --resume`` goes on with.
 
+    Args:
+        folder: the run's, in the process of ``context.world`` that writes; None in the others.
+
     Raises:
         ValueError: if no such request has been edited.
     """
-    assert context.checkpoints is not None
-    cost = cost_of_drop(folder, position)
+    kept = context.world.first_ones(cost_of_drop(folder, position).kept if folder else 0)
     done = len(context.journal.positions())
-    folder.reopen()
-    context.checkpoints.cut(cost.kept)
-    context.journal.cut(position, drop=True)
+    _cut(context, folder, position, kept, drop=True)
     _make_again(context, folder, up_to=done - 1)
 
 
@@ -102,12 +102,22 @@ def leave_out(folder: RunFolder, position: int) -> None:
     folder.journal.leave_out(position)
 
 
-def _make_again(context: RunContext, folder: RunFolder, up_to: int) -> None:
+def _cut(context: RunContext, folder: RunFolder | None, position: int, kept: int, *, drop: bool = False) -> None:
+    """Take back the request at ``position``, before which there are ``kept`` edits, and all that came after it."""
+    if folder:
+        assert context.checkpoints is not None
+        folder.reopen()
+        context.checkpoints.cut(kept)  # first: a checkpoint is never of more edits than the journal
+    context.journal.cut(position, drop=drop)
+
+
+def _make_again(context: RunContext, folder: RunFolder | None, up_to: int) -> None:
     run = SequentialRun(context)
     context.journal.begin_session(len(context.journal.positions()))
     run.restore()
     run.edit(up_to)
-    context.editor.save_pretrained(folder.adapter)
+    if folder:
+        context.editor.save_pretrained(folder.adapter)
 
 
 def _cost(folder: RunFolder, position: int, after: list[int], *, retried: int | None = None) -> Cost:
