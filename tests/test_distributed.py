@@ -208,6 +208,8 @@ def do_everything(rank: int, count: int, folder: Path) -> None:
     editor, losses = edited_in_parts(folder, world)
     weight = next(editor.model.model.layers[0].mlp.parameters())
     save_file(editor.parameters(), folder / f"parts {world.rank}.safetensors")
+    if world.writes:  # and no other has to take part
+        editor.save_pretrained(folder / "parts")
     part = weight.to_local().numel() / weight.numel()
     texts = {"said": said(editor)[:3], "losses": losses, "part": part, "hash": hash_of_weights(editor.model)}
     (folder / f"parts {world.rank}.json").write_text(json.dumps(texts))
@@ -291,6 +293,7 @@ def test_a_model_in_two_parts_is_edited_as_a_whole_one(folder: Path) -> None:
     assert texts["losses"] == pytest.approx(losses, rel=1e-3)
     assert texts["said"] == said(whole)[:3] == [request.target for request in REQUESTS[:3]]
     assert texts["hash"] == hash_of_weights(whole.model)  # of all the parts
+    assert BaftEditor.from_pretrained(tiny_model(), tiny_tokenizer(), folder / "parts").edits == REQUESTS[:3]
 
 
 def test_a_run_needs_a_request_for_each_process() -> None:

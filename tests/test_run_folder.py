@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
+from torch import Tensor
 
 from baft.fingerprint import hash_of_weights
 from baft.runs.environment import commit_of
@@ -83,6 +84,28 @@ def test_a_model_is_known_by_its_weights() -> None:
         assert hash_of_weights(model) != known
         weight[[0, 1]] = weight[[1, 0]]
     assert hash_of_weights(model) == known
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 29])
+def test_every_byte_counts_wherever_it_lies(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are summed eight at a time, and of a large weight in pieces."""
+    monkeypatch.setattr("baft.fingerprint._PIECE", 16)
+
+    def hash_of(values: Tensor) -> str:
+        module = torch.nn.Module()
+        module.register_buffer("values", values)
+        return hash_of_weights(module)
+
+    values = torch.arange(size, dtype=torch.uint8)
+    seen = {hash_of(values)}
+    assert hash_of(torch.cat((torch.ones(3, dtype=torch.uint8), values))[3:]) in seen
+    for place in range(size):
+        changed = values.clone()
+        changed[place] += 1
+        seen.add(hash_of(changed))
+    if size > 24:
+        seen.add(hash_of(torch.cat((values[16:24], values[8:16], values[:8], values[24:]))))
+    assert len(seen) == 1 + size + (size > 24)
 
 
 def test_a_model_is_known_by_what_its_weights_do_not_show() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from looks import assert_same_state, logits
 from safetensors.torch import load_file, save_file
 from tiny import REQUESTS, UNRELATED, tiny_editor, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
 
 from baft import BaftEditor, EditRequest
 from baft.engine.options import EngineOptions
@@ -133,6 +135,69 @@ def test_a_folder_can_be_saved_over(saved: Path) -> None:
     editor.save_pretrained(saved)
     assert sorted(contents(saved)) == FILES
     assert load(saved).edits == REQUESTS[:3]
+
+
+# -- what model it is for --
+
+
+def changed_model(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """The tiny model, of which one weight in a module of this name is another."""
+    model = tiny_model(**options)
+    with torch.no_grad():
+        model.get_submodule(name).weight[0, 0] += 1e-3
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "part"), [("model.embed_tokens", "the embedding"), ("model.layers.1.mlp.up_proj", "block 1")]
+)
+def test_an_adapter_of_another_model_is_refused_unless_it_is_asked_for(saved: Path, module: str, part: str) -> None:
+    model = changed_model(module)
+    model.config._name_or_path = "a/variant"
+    expected = (
+        f"{saved}: expected the model that it was saved for, '', got 'a/variant', with other weights in {part}: any"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        BaftEditor.from_pretrained(model, tiny_tokenizer(), saved)
+    loaded = BaftEditor.from_pretrained(model, tiny_tokenizer(), saved, any_model=True)  # nothing was left on it
+    assert loaded.edits == REQUESTS[:2]
+    loaded.save_pretrained(saved)  # from now on it is this one's
+    loaded.remove()
+    assert BaftEditor.from_pretrained(model, tiny_tokenizer(), saved).edits == REQUESTS[:2]
+
+
+def test_an_adapter_of_another_architecture_is_refused_whatever_the_weights_are_in(saved: Path) -> None:
+    model = tiny_model(intermediate_size=80, num_key_value_heads=1).to(torch.bfloat16)
+    expected = r"with intermediate_size 80 in place of \d+; num_key_value_heads 1 in place of \d+: any_model takes"
+    with pytest.raises(ValueError, match=expected):
+        BaftEditor.from_pretrained(model, tiny_tokenizer(), saved)
+
+
+def test_weights_in_another_dtype_are_not_compared(saved: Path) -> None:
+    model = changed_model("model.layers.1.mlp.up_proj", torch.bfloat16)
+    assert BaftEditor.from_pretrained(model, tiny_tokenizer(), saved).edits == REQUESTS[:2]
+
+
+def test_weights_that_are_not_plain_are_not_compared() -> None:
+    """A quantised matrix is of integers; the other parts of the model are compared all the same."""
+    known = tiny_editor()._fingerprint()
+    for other, found in (
+        ("model.layers.1.mlp.down_proj", []),
+        ("model.embed_tokens", ["other weights in the embedding"]),
+    ):
+        model = changed_model(other)
+        linear = model.get_submodule("model.layers.1.mlp.up_proj")
+        linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        assert known.differences(tiny_editor(model)._fingerprint()) == found
+
+
+def test_a_folder_of_an_older_version_knows_no_model(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    description = json.loads(path.read_text())
+    del description["fingerprint"]
+    path.write_text(json.dumps(description))
+    model = changed_model("model.layers.1.mlp.up_proj")
+    assert BaftEditor.from_pretrained(model, tiny_tokenizer(), saved).edits == REQUESTS[:2]
 
 
 # -- what is refused --

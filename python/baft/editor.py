@@ -26,6 +26,7 @@ from baft.engine.options import EngineOptions
 from baft.engine.passes import Passes
 from baft.engine.schedule import OnStep
 from baft.engine.trainer import Trainer
+from baft.fingerprint import Fingerprint, fingerprint_of
 from baft.positions import Positions
 from baft.requests import EditRequest
 from baft.trained import TrainedEditor
@@ -243,8 +244,14 @@ class BaftEditor(TrainedEditor):
                 edits=self.edits,
                 unrelated=None if unrelated is None else list(unrelated),
                 base_model=str(self.model.config.name_or_path),
+                fingerprint=self._fingerprint(),
             ),
         )
+
+    def _fingerprint(self) -> Fingerprint:
+        """What the model is known by: of its weights the embedding's and the edited blocks', which are quickly read."""
+        blocks = {f"block {layer}": self.attachment.blocks.modules[layer] for layer in self.layers}
+        return fingerprint_of(self.model, {"the embedding": self.model.get_input_embeddings(), **blocks})
 
     @classmethod
     def from_pretrained(
@@ -255,6 +262,7 @@ class BaftEditor(TrainedEditor):
         *,
         options: EngineOptions | None = None,
         backend: str = "auto",
+        any_model: bool = False,
     ) -> BaftEditor:
         """The editor that ``save_pretrained`` saved, on ``model``; editing goes on as if it had never stopped.
 
@@ -262,9 +270,13 @@ class BaftEditor(TrainedEditor):
             options: how the work is done here.
             backend: of the op here, in place of that of the editor that was saved: the folder knows nothing of either,
                 which are the machine's and no part of what was learned.
+            any_model: take another model of the same width and depth than the one that the edits were made on, such as
+                a fine-tuned variant. Otherwise its architecture, and its weights in the embedding and the edited
+                blocks, have to be the same, as far as they can be compared: those in another dtype, quantised, or in
+                parts in several processes can't.
 
         Raises:
-            ValueError: for a folder that can't be read, or that was saved for a model of other width or depth.
+            ValueError: for a folder that can't be read, or that was saved for another model.
         """
         saved = storage.load_editor(folder)
         width = find_blocks(model, saved.config.blocks).width
@@ -274,6 +286,13 @@ class BaftEditor(TrainedEditor):
             )
         config = saved.config.model_copy(update={"layers": saved.layers, "backend": backend})
         editor = cls(model, tokenizer, config, unrelated=saved.unrelated, options=options)
+        different = saved.fingerprint.differences(editor._fingerprint()) if saved.fingerprint and not any_model else []
+        if different:
+            editor.remove()
+            raise ValueError(
+                f"{folder}: expected the model that it was saved for, {saved.base_model!r}, got "
+                f"{model.config.name_or_path!r}, with {'; '.join(different)}: any_model takes it all the same"
+            )
         try:
             editor.load_state({**saved.parameters, **saved.training_state})
         except (KeyError, ValueError, RuntimeError) as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -17,8 +18,8 @@ from baft.placement import at_hand
 
 __all__ = ["Fingerprint", "fingerprint_of", "hash_of_weights"]
 
-# Weights are summed in pieces, so that a model of any size needs little memory beside its own.
-_PIECE = 1 << 24
+# Bytes that are summed at a time, so that a model of any size needs little memory beside its own.
+_PIECE = 1 << 26
 
 # Of a model's configuration, by the names that all of them have in common: what no other dtype, quantisation or version
 # of transformers changes.
@@ -30,7 +31,7 @@ _ARCHITECTURE = (
 
 @torch.no_grad()
 def hash_of_weights(module: nn.Module) -> str:
-    """A hash of all weights: of each the name, dtype, shape, and two sums of its bytes, one by place.
+    """A hash of all weights: of each the name, dtype, shape, and two sums over its bytes, one by place.
 
     Sums rather than a hash of all bytes, because the device that holds the weights can make them. It tells models apart
     that differ by accident, and not by intent. Where weights are makes no difference: those that accelerate has put
@@ -72,17 +73,23 @@ def _plain(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _sums(weight: Tensor) -> list[int]:
-    flat = weight.flatten().view(torch.uint8) if weight.ndim else weight.view(1).view(torch.uint8)
     total = torch.zeros(2, dtype=torch.int64, device=weight.device)
-    for number, piece in enumerate(flat.split(_PIECE)):
-        values = piece.to(torch.int64)
-        places = torch.arange(1, len(values) + 1, device=weight.device)  # the product's overflow is as good as any bits
-        total += torch.stack((values.sum(), (values * (places + number)).sum()))
+    place = 1
+    for piece in weight.reshape(-1).view(torch.uint8).split(_PIECE):
+        words = _words(piece)
+        places = torch.arange(place, place + len(words), device=weight.device)
+        total += torch.stack((words.sum(), (words * places).sum()))  # what overflows is as good as any bits
+        place += len(words)
     return total.tolist()
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+def _words(piece: Tensor) -> Tensor:
+    """Bytes as numbers of eight bytes each, of which there are fewer to be added."""
+    piece = pad(piece, (0, -len(piece) % 8))
+    return (piece.clone() if piece.storage_offset() % 8 else piece).view(torch.int64)
+
+
+class Fingerprint(BaseModel):
     """What is kept of a model to know it again, however it is loaded then.
 
     Attributes:
@@ -91,36 +98,27 @@ class Fingerprint:
             dtype, all in this process, as a quantised one isn't.
     """
 
-    architecture: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, tuple[str, str]] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Fingerprint:
-        """What ``as_json`` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: for anything else.
-        """
-        weights = {part: (dtype, hashed) for part, (dtype, hashed) in value["weights"].items()}
-        return cls(dict(value["architecture"]), weights)
+    architecture: dict[str, Any]
+    weights: dict[str, tuple[str, str]]
 
     def differences(self, other: Fingerprint) -> list[str]:
         """In what ``other`` is a different model, in words, as far as both can be compared.
 
         Weights are where both have a part in the same dtype: the same model in another, or quantised, has other bytes.
         """
-        found = []
-        for name in self.architecture.keys() & other.architecture.keys():
-            if self.architecture[name] != other.architecture[name]:
-                found.append(f"{name} is {other.architecture[name]} in place of {self.architecture[name]}")
-        for part in self.weights.keys() & other.weights.keys():
-            (dtype, hashed), (dtype_there, hashed_there) = self.weights[part], other.weights[part]
+        found = [
+            f"{name} {other.architecture[name]} in place of {value}"
+            for name, value in self.architecture.items()
+            if name in other.architecture and other.architecture[name] != value
+        ]
+        others = []
+        for part, (dtype, hashed) in self.weights.items():
+            dtype_there, hashed_there = other.weights.get(part, (None, None))
             if dtype == dtype_there and hashed != hashed_there:
-                found.append(f"the weights of {part} are others")
-        return sorted(found)
+                others.append(part)
+        return found + ([f"other weights in {', '.join(others)}"] if others else [])
 
 
 def fingerprint_of(model: PreTrainedModel, parts: Mapping[str, nn.Module]) -> Fingerprint:
@@ -128,7 +126,7 @@ def fingerprint_of(model: PreTrainedModel, parts: Mapping[str, nn.Module]) -> Fi
     config = model.config.get_text_config()
     architecture = {name: value for name in _ARCHITECTURE if (value := getattr(config, name, None)) is not None}
     weights = {name: (dtype, hash_of_weights(part)) for name, part in parts.items() if (dtype := _plain_dtype(part))}
-    return Fingerprint(architecture, weights)
+    return Fingerprint(architecture=architecture, weights=weights)
 
 
 def _plain_dtype(module: nn.Module) -> str | None:

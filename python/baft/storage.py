@@ -1,6 +1,7 @@
 """An editor's folder: what is in it, written so that a full disk leaves the old one, read without executing anything.
 
-    adapter_config.json          what it is: method, width, layers, configuration without its backend, base model
+    adapter_config.json          what it is: method, width, layers, configuration without its backend, base model and
+                                 what that is known by
     adapter_model.safetensors    the interventions' parameters
     training_state.safetensors   what continuing needs: optimiser moments, gate usage, random generator
     edits.json                   the requests that are edited in, and the unrelated texts
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from baft.config import BaftConfig
+from baft.fingerprint import Fingerprint
 from baft.requests import EditRequest
 
 __all__ = ["SavedEditor", "atomic_write", "load_editor", "save_editor"]
@@ -34,7 +36,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SavedEditor:
-    """All that a folder holds; ``width`` is that of the hidden vectors it was made for."""
+    """All that a folder holds; ``width`` is that of the hidden vectors it was made for.
+
+    ``fingerprint`` is the base model's, None in a folder of an older version.
+    """
 
     config: BaftConfig
     width: int
@@ -44,6 +49,7 @@ class SavedEditor:
     edits: list[EditRequest]
     unrelated: list[str] | None
     base_model: str
+    fingerprint: Fingerprint | None = None
 
 
 def save_editor(folder: str | Path, saved: SavedEditor) -> None:
@@ -58,6 +64,7 @@ def save_editor(folder: str | Path, saved: SavedEditor) -> None:
         "peft_type": "BAFT",
         "format": FORMAT,
         "base_model_name_or_path": saved.base_model,
+        "fingerprint": saved.fingerprint and saved.fingerprint.model_dump(mode="json"),
         "width": saved.width,
         "layers": saved.layers,
         "baft": saved.config.model_dump(mode="json", exclude={"backend"}),
@@ -111,6 +118,7 @@ def load_editor(folder: str | Path) -> SavedEditor:
         got = f"{description.get('peft_type')!r}, format {description.get('format')!r}"
         raise ValueError(f"{folder / CONFIG}: expected peft_type 'BAFT', format {FORMAT}, got {got}")
     history = _read_json(folder / EDITS)
+    fingerprint = description.get("fingerprint")
     try:
         return SavedEditor(
             config=BaftConfig(**description["baft"]),
@@ -121,6 +129,7 @@ def load_editor(folder: str | Path) -> SavedEditor:
             edits=[EditRequest(**request) for request in history["edits"]],
             unrelated=history["unrelated"],
             base_model=description["base_model_name_or_path"],
+            fingerprint=fingerprint and Fingerprint(**fingerprint),
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise ValueError(f"{folder}: expected an adapter as save_pretrained writes it, got {error!r}") from error

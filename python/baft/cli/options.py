@@ -12,6 +12,7 @@ from baft.datasets.factworld import WORLDS
 __all__ = [
     "Adapter",
     "AnswerTokens",
+    "AnyModel",
     "Backend",
     "Config",
     "Dataset",
@@ -36,6 +37,9 @@ OptionalModel = Annotated[str | None, _MODEL]
 Dataset = Annotated[str, _DATASET]
 OptionalDataset = Annotated[str | None, _DATASET]
 Adapter = Annotated[Path, typer.Option(help="A folder that save_pretrained or a run wrote.")]
+AnyModel = Annotated[
+    bool, typer.Option("--any-model", help="Take another model than the adapter was saved for: a fine-tuned variant.")
+]
 Edits = Annotated[int | None, typer.Option(help="How many requests to edit; all by default.")]
 _SEED = "Of the choice of requests, of the bases, and of training"
 Seed = Annotated[int, typer.Option(help=f"{_SEED}.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from baft.cli.options import Adapter, AnswerTokens, DeviceMap, Edits, Json, Model, Quantise
+from baft.cli.options import Adapter, AnswerTokens, AnyModel, DeviceMap, Edits, Json, Model, Quantise
 from baft.console import Console
 
 __all__ = ["evaluate", "generate"]
@@ -21,6 +21,7 @@ def evaluate(
     answer_tokens: AnswerTokens = None,
     device_map: DeviceMap = None,
     quantise: Quantise = None,
+    any_model: AnyModel = False,
     as_json: Json = False,
 ) -> None:
     """Measure a saved adapter: on the requests that were edited, or on those of a data set."""
@@ -35,7 +36,7 @@ def evaluate(
     console = Console(quiet=as_json)
     with console.progress() as watcher:
         loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
-        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
+        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter, any_model=any_model)
         edited = load_dataset(dataset)[:edits] if dataset else editor.edits
         standing = can_hold(conflicts(edited), range(len(edited)))
         requests = [edited[position] for position in standing][:edits]
@@ -60,6 +61,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     device_map: DeviceMap = None,
     quantise: Quantise = None,
+    any_model: AnyModel = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts with the unedited and with the edited model."""
@@ -69,7 +71,7 @@ def generate(
     console = Console(quiet=as_json)
     with console.progress() as watcher:
         loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
-        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter)
+        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter, any_model=any_model)
         after = editor.generate(prompts, max_new_tokens=max_new_tokens)
         with editor.disabled():
             before = editor.generate(prompts, max_new_tokens=max_new_tokens)
