@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from baft import BaftEditor
 from baft.cli import main
@@ -138,6 +139,22 @@ def test_generate_and_eval_use_a_saved_adapter(testbed: Path, sequential_run: tu
     assert "asking the unedited model" in done.stderr
     short = json.loads(baft(*asked, "--edits", 1, "--answer-tokens", 1).stdout)
     assert short["protocol"]["generation"]["max_new_tokens"] == 1
+
+
+def test_an_adapter_on_another_model_is_refused_unless_it_is_asked_for(
+    testbed: Path, sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, _ = sequential_run
+    variant = Path(shutil.copytree(testbed, tmp_path / "variant"))
+    weights = load_file(variant / "model.safetensors")
+    save_file(
+        {name: weight * 1.01 for name, weight in weights.items()}, variant / "model.safetensors", {"format": "pt"}
+    )
+    asked = ("generate", "--model", variant, "--adapter", out / "adapter", "The", "--json")
+    done = baft(*asked)
+    assert done.returncode == 2 and f"was saved for, '{testbed}', got '{variant}', with other weights in" in done.stderr
+    done = baft(*asked, "--any-model")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_seed_is_the_option_else_the_files_else_the_default(
