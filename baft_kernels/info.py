@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 import baft_kernels
 from baft_kernels.backends import FUSED, KNOWN_BACKENDS, resolve_backend, why_unusable
 
-__all__ = ["ENVIRONMENT_VARIABLES", "collect", "main", "render"]
+__all__ = ["ENVIRONMENT_VARIABLES", "collect", "cpu_kernels", "main", "processor", "render"]
 
 # Every environment variable that the package reads.
 ENVIRONMENT_VARIABLES = ("BAFT_BACKEND", "BAFT_CHECK_FINITE", "BAFT_CPU_VARIANT")
@@ -82,6 +83,21 @@ def render(report: dict[str, Any]) -> str:
         lines[name] = "not set" if value is None else repr(value)
     width = max(map(len, lines))
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def cpu_kernels() -> str | None:
+    """The instruction set whose CPU kernels run here, of those that ``BAFT_CPU_VARIANT`` names; None without any."""
+    if why_unusable("cpu") is not None:
+        return None
+    variant: str = importlib.import_module("baft_kernels._cpu").variant()
+    return variant
 
 
 def _triton_version() -> str | None:

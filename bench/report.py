@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import baft_kernels
-from baft_kernels.info import collect
+from baft_kernels.info import collect, processor
 
 __all__ = ["RESULTS", "called", "command", "commit", "markdown", "provenance"]
 
@@ -42,7 +42,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": {
             "baft_kernels": baft_kernels.__version__,
@@ -75,9 +75,3 @@ def called(dataset: str) -> str:
 
     path, first, end = split_stretch(dataset)
     return path.stem if (first, end) == (0, None) else f"{path.stem}_{first}-{'' if end is None else end}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -138,7 +138,7 @@ def gone_on_with(folder: Path, world: World, stops: Sequence[int]) -> tuple[dict
         editor = small_editor(options=EngineOptions(world=world))
         plan = dataclasses.replace(PLAN, checkpoint_every=1)
         context = open_context(editor, ASKED[:6], plan=plan, folder=place, world=world)
-        context.journal.begin_session(len(context.journal.positions()))
+        context.begin_session()
         run = SequentialRun(context)
         run.restore()
         run.edit(stop)

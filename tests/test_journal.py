@@ -13,6 +13,7 @@ from small_runs import finished_run as finished_run
 from tiny import one_thread as one_thread
 
 from baft.distributed import World
+from baft.runs.environment import in_place_of, machine
 from baft.runs.journal import Journal
 from baft.runs.records import EditRecord
 
@@ -38,7 +39,7 @@ def test_a_journal_that_is_busy_is_no_damaged_one(
     """Status 1, and not 2: the input is as it should be."""
     path = tmp_path / "journal.sqlite"
     path.write_bytes((finished_run / "journal.sqlite").read_bytes())
-    monkeypatch.setattr("baft.runs.journal._PATIENCE", 0)
+    monkeypatch.setattr("baft.runs.database._PATIENCE", 0)
     journal, reader = Journal(path), Journal(path, read_only=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -110,6 +111,42 @@ def test_an_earlier_session_is_left_as_it_was(tmp_path: Path) -> None:
     (before,) = Journal(tmp_path / "journal.sqlite", read_only=True).sessions()
     first, second = run_in(tmp_path).results["sessions"]
     assert first == before and second["resumed_at"] == 2
+
+
+def test_a_session_on_another_machine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits may differ, which nobody could tell afterwards."""
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, listener=Listener(interrupt_after(tmp_path, 2)))
+    with pytest.raises(KeyboardInterrupt):  # on the same one
+        run_in(tmp_path, listener=Listener(interrupt_after(tmp_path, 4)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    first, second, third = run_in(tmp_path, listener=(listener := Listener())).results["sessions"]
+    said = "goes on with 2 threads in place of 1: the same within rounding, not bit for bit"
+    assert said in listener.said and third["notes"] == [said] and second["notes"] == []
+    assert first["machine"] == second["machine"] == {**third["machine"], "threads": 1} == machine(1) | {"threads": 1}
+
+
+def test_an_older_journal_does_not_know_its_machines(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, listener=Listener(interrupt_after(tmp_path, 2)))
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as journal:
+        journal.execute("ALTER TABLE sessions DROP COLUMN machine")
+    (known,) = Journal(tmp_path / "journal.sqlite", read_only=True).sessions()
+    assert known["machine"] == {}
+    first, second = run_in(tmp_path).results["sessions"]
+    assert first == known and second["machine"] == machine(1) and second["notes"] == []
+
+
+def test_machines_differ_in_what_results_depend_on() -> None:
+    here = machine(1) | {"gpu": None, "kernels": "avx512", "threads": 2}
+    assert in_place_of(here, here) == in_place_of({}, here) == ""
+    assert in_place_of(here, here | {"threads": 1, "kernels": None, "processes": 4}) == (
+        "kernels none in place of avx512, 1 thread in place of 2, 4 processes in place of 1"
+    )
+    gpu = here | {"gpu": "A"}
+    assert in_place_of(gpu, gpu | {"threads": 1, "processor": "B"}) == ""
+    assert in_place_of(gpu, gpu | {"gpu": "B", "processes": 2}) == "gpu B in place of A, 2 processes in place of 1"
+    assert in_place_of(gpu, here | {"threads": 1}) == "gpu none in place of A, 1 thread in place of 2"
 
 
 def interrupt_after(folder: Path, edits: int) -> Callable[[], None]:

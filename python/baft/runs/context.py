@@ -11,6 +11,7 @@ from baft.editing import Editor, LooksAhead
 from baft.evaluation.measures import Evaluator
 from baft.requests import EditRequest
 from baft.runs.checkpoints import Checkpoint, Checkpoints
+from baft.runs.environment import in_place_of, machine
 from baft.runs.journal import Journal
 from baft.runs.logs import MetricsLog
 from baft.runs.retention import Retention
@@ -69,6 +70,13 @@ class RunContext:
         """Let the editor be as it is without a run."""
         if isinstance(self.editor, LooksAhead):
             self.editor.keep_written_in(None)
+
+    def begin_session(self) -> None:
+        """Begin a session in the journal; where the machine is another than the last one's, say so."""
+        here, sessions = machine(self.world.size), self.journal.sessions()
+        self.journal.begin_session(len(self.journal.positions()), here)
+        if sessions and (different := in_place_of(sessions[-1]["machine"], here)):
+            self.say(f"goes on with {different}: the same within rounding, not bit for bit")
 
     def say(self, text: str) -> None:
         """Say something aloud, and keep it."""

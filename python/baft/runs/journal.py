@@ -25,6 +25,7 @@ from baft.engine.schedule import Curve
 from baft.evaluation.base_answers import Forced
 from baft.evaluation.probes import ProbeResult
 from baft.requests import EditRequest
+from baft.runs.database import add_columns, connect, in_words, opened_to_read
 from baft.runs.records import EditRecord, curve_as_json, curve_from_json, results_as_json, results_from_json
 
 __all__ = ["Journal", "Moment"]
@@ -54,19 +55,18 @@ CREATE TABLE IF NOT EXISTS dropped (position INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS description (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
     id INTEGER PRIMARY KEY, began REAL NOT NULL, last REAL NOT NULL, resumed_at INTEGER NOT NULL,
-    bookkeeping REAL NOT NULL DEFAULT 0, notes TEXT NOT NULL DEFAULT '[]'
+    bookkeeping REAL NOT NULL DEFAULT 0, notes TEXT NOT NULL DEFAULT '[]', machine TEXT NOT NULL DEFAULT '{}'
 );
 """
 
+# Columns that an older version's tables lack.
+_NEWER = (("continued", "until", "INTEGER"), ("sessions", "machine", "TEXT NOT NULL DEFAULT '{}'"))
 
 # Edits that are read at a time.
 _PAGE = 64
 
 # Bytes of a journal that one process gives to others at a time.
 _PIECE = 1 << 24
-
-# Seconds that one process waits for another that reads, or writes: a copy of a large journal may take some.
-_PATIENCE = 600
 
 
 class Journal:
@@ -91,17 +91,16 @@ class Journal:
         self._session: int | None = None
         self._folder: TemporaryDirectory[str] | None = None
         self.asked_until: int | None = None
-        with _in_words(path):
+        with in_words(path):
             if read_only:
                 assert path is not None
-                self._connection = _opened_to_read(path)
+                self._connection = opened_to_read(path)
                 return
-            self._connection = _connect(path, "rwc")
+            self._connection = connect(path, "rwc")
             self._connection.execute("PRAGMA journal_mode=TRUNCATE")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.executescript(_TABLES)
-            if "until" not in [name for _, name, *_ in self._connection.execute("PRAGMA table_info(continued)")]:
-                self._connection.execute("ALTER TABLE continued ADD COLUMN until INTEGER")  # an older version's
+            add_columns(self._connection, _NEWER)
 
     @classmethod
     def as_it_is(cls, path: Path) -> Journal:
@@ -139,7 +138,7 @@ class Journal:
         return copy
 
     def _copy_to(self, path: Path) -> None:
-        with _in_words(f"{self.path}, on its way to {path}"), closing(sqlite3.connect(path)) as target:
+        with in_words(f"{self.path}, on its way to {path}"), closing(sqlite3.connect(path)) as target:
             self._connection.backup(target)
 
     def _has(self, table: str) -> bool:
@@ -158,7 +157,7 @@ class Journal:
         """
         began = time.perf_counter()
         try:
-            with _in_words(self.path):
+            with in_words(self.path):
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute(
@@ -178,7 +177,7 @@ class Journal:
         self._bookkeeping += seconds
 
     def _rows(self, statement: str, *values: object) -> Iterator[tuple[Any, ...]]:
-        with _in_words(self.path), closing(self._connection.cursor()) as cursor:
+        with in_words(self.path), closing(self._connection.cursor()) as cursor:
             yield from cursor.execute(statement, values)
 
     def _one(self, statement: str, *values: object) -> Any:
@@ -407,13 +406,14 @@ class Journal:
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
-    def begin_session(self, resumed_at: int) -> None:
-        """A process begins, or goes on, with so many edits made."""
+    def begin_session(self, resumed_at: int, machine: Mapping[str, Any] | None = None) -> None:
+        """A process begins, or goes on, with so many edits made, on a ``baft.runs.environment.machine``."""
         with self._transaction() as connection:
             now = time.time()
             self._bookkeeping = 0.0
             self._session = connection.execute(
-                "INSERT INTO sessions (began, last, resumed_at) VALUES (?, ?, ?)", (now, now, resumed_at)
+                "INSERT INTO sessions (began, last, resumed_at, machine) VALUES (?, ?, ?, ?)",
+                (now, now, resumed_at, json.dumps(machine or {})),
             ).lastrowid
 
     def note(self, text: str) -> None:
@@ -425,7 +425,11 @@ class Journal:
             )
 
     def sessions(self) -> list[dict[str, Any]]:
-        rows = self._rows("SELECT began, last - began, resumed_at, bookkeeping, notes FROM sessions ORDER BY id")
+        known = self._one("SELECT 1 FROM pragma_table_info('sessions') WHERE name = 'machine'")
+        machine = "machine" if known else "'{}'"  # an older version's, that is only read
+        rows = self._rows(
+            f"SELECT began, last - began, resumed_at, bookkeeping, notes, {machine} FROM sessions ORDER BY id"
+        )
         return [
             {
                 "began": began,
@@ -433,45 +437,10 @@ class Journal:
                 "resumed_at": at,
                 "bookkeeping_seconds": cost,
                 "notes": json.loads(notes),
+                "machine": json.loads(machine),
             }
-            for began, seconds, at, cost, notes in rows
+            for began, seconds, at, cost, notes, machine in rows
         ]
-
-
-def _connect(path: Path | None, mode: str) -> sqlite3.Connection:
-    name = ":memory:" if path is None else f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None, uri=True)
-
-
-@contextmanager
-def _in_words(path: object) -> Iterator[None]:
-    """SQLite's errors in the terms of ``Journal``."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise OSError(f"{path}: {error}; what was written before is kept") from error
-    except sqlite3.DatabaseError as error:
-        if type(error) is not sqlite3.DatabaseError:
-            raise  # no fault of the file
-        raise ValueError(f"{path}: expected a run's journal, got a file that can't be read ({error})") from error
-
-
-def _opened_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that reads. After a kill in the middle of a transaction it takes back what that had begun."""
-    for mode in ("ro", "rw"):
-        connection = _connect(path, mode)
-        try:
-            known = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'edits'").fetchone()
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if mode == "rw" or "readonly" not in str(error):
-                raise
-            continue
-        if known is None:
-            connection.close()
-            raise ValueError(f"{path}: expected a run's journal, got a database without a table of edits")
-        return connection
-    raise AssertionError
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

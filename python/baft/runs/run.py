@@ -113,7 +113,7 @@ def run_edits(
 
 def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description: dict[str, Any] | None) -> RunReport:
     journal, editor = context.journal, context.editor
-    journal.begin_session(len(journal.positions()))
+    context.begin_session()
     known = describe(context, mode)
     journal.describe({**(description or {}), **known})
     context.watcher.say(_texts_in_words(known["protocol"]))

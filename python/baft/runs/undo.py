@@ -113,7 +113,7 @@ def _cut(context: RunContext, folder: RunFolder | None, position: int, kept: int
 
 def _make_again(context: RunContext, folder: RunFolder | None, up_to: int) -> None:
     run = SequentialRun(context)
-    context.journal.begin_session(len(context.journal.positions()))
+    context.begin_session()
     run.restore()
     run.edit(up_to)
     if folder:
