@@ -56,7 +56,17 @@ def test_one_that_cannot_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: 
     assert known is not None and known.done == 2
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off", "no JSON"])
+DAMAGES = {
+    "missing": "it has no state.safetensors",
+    "cut off": "state.safetensors isn't what was written: it has another sum than in checkpoint.json",
+    "no JSON": "checkpoint.json describes nothing",
+    "no object": "checkpoint.json describes nothing",
+    "an older one's": "expected format 2 in checkpoint.json, got 1",
+    "another's": "checkpoint.json is that of another one, after 2 edits and rounds",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_one_is_set_aside_until_the_run_is_as_far_again(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder)
@@ -67,12 +77,14 @@ def test_a_damaged_one_is_set_aside_until_the_run_is_as_far_again(damage: str, t
         state.unlink()
     elif damage == "cut off":
         state.write_bytes(state.read_bytes()[:-1])
+    elif damage == "another's":
+        description.write_bytes((folder / "000000002" / description.name).read_bytes())
     else:
-        description.write_text("{")
+        description.write_text({"no JSON": "{", "no object": "1", "an older one's": '{"format": 1}'}[damage])
     known = checkpoints.newest(5)
     assert known is not None and known.done == 2
     (said,) = checkpoints.damaged
-    assert "000000004 is damaged" in said
+    assert said == f"checkpoint {folder}/000000004 is damaged: {DAMAGES[damage]}"
     assert checkpoints.counts() == [2] and description.name in os.listdir(folder / "000000004.damaged")
     checkpoints.write(3, {"a": torch.zeros(1)})
     assert (folder / "000000004.damaged").exists()

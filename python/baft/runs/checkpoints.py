@@ -148,16 +148,29 @@ class Checkpoints:
     def _read(self, done: int) -> dict[str, Tensor]:
         place = self._place(done)
         try:
-            description = json.loads((place / DESCRIPTION).read_text())
             content = (place / STATE).read_bytes()
-            wanted = {"format": FORMAT, "done": done, "sha256": hashlib.sha256(content).hexdigest()}
-            if description != wanted:
-                raise ValueError(f"expected {description}, got {wanted}")
+            _check(content, (place / DESCRIPTION).read_bytes(), done)
             return load(content)
-        except (FileNotFoundError, ValueError, SafetensorError) as error:
+        except FileNotFoundError as error:
+            raise ValueError(f"checkpoint {place} is damaged: it has no {Path(error.filename).name}") from error
+        except (ValueError, SafetensorError) as error:
             raise ValueError(f"checkpoint {place} is damaged: {error}") from error
         except OSError as error:
             raise OSError(f"checkpoint {place} can't be read: {error}; nothing was changed") from error
+
+
+def _check(content: bytes, described: bytes, done: int) -> None:
+    """Make sure that a state is the one of ``done`` edits and rounds that was written with its description."""
+    try:
+        description = dict(json.loads(described))
+    except (TypeError, ValueError):
+        raise ValueError(f"{DESCRIPTION} describes nothing") from None
+    if description.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT} in {DESCRIPTION}, got {description.get('format')!r}")
+    if description.get("done") != done:
+        raise ValueError(f"{DESCRIPTION} is that of another one, after {description.get('done')} edits and rounds")
+    if description.get("sha256") != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{STATE} isn't what was written: it has another sum than in {DESCRIPTION}")
 
 
 def kept(counts: list[int]) -> set[int]:
