@@ -122,16 +122,39 @@ def test_settling_and_what_is_remembered_of_texts_are_told() -> None:
     read = Results.model_validate(made)
     assert ("Settling", "2 rounds over all edits, 90 s") in facts(read)
     assert "After 10 edits, settled:" in curves.retention(read).words
+    assert "After 10 edits, settled:" in curves.general(read).words
+    assert "before and after settling" not in curves.retention(read).words
+    made["retention"].insert(-1, {**made["retention"][-1], "settled": 0})
+    read = Results.model_validate(made)
+    for picture in (curves.retention(read), curves.general(read), compare.held({"a": read})):
+        assert picture.words.count("The last two points are before and after settling.") == 1
     assert "memory of texts 1.0 MiB after 10 edits" in curves.memory(read).words
     assert "Settling" not in dict(facts(Results.model_validate(results(10))))
 
 
+def test_requests_that_were_left_out_are_named() -> None:
+    assert ("Left out", "3, 17") in facts(Results.model_validate(results(10, dropped=[3, 17])))
+    assert "Left out" not in dict(facts(Results.model_validate(results(10))))
+
+
+def test_ticks_say_where_they_are() -> None:
+    """82.5 isn't 82."""
+    read = Results.model_validate(results(10))
+    figure = compare.trade_off({"a": read}).figure
+    assert figure is not None
+    figure.canvas.draw()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        ticks = [100 * tick for tick in axis.get_majorticklocs()]
+        assert len(ticks) > 4
+        assert [float(label.get_text().removesuffix(" %")) for label in axis.get_ticklabels()] == pytest.approx(ticks)
+
+
 def test_it_is_told_how_much_the_model_knew_of_what_it_was_to_forget() -> None:
     made = results(10)
-    assert not any("old answers" in name for name, _ in facts(Results.model_validate(made)))
+    assert "Known before" not in dict(facts(Results.model_validate(made)))
     made["metrics"]["final"]["reliability"]["known"] = 0.5
     made["metrics"]["final"]["generality"]["known"] = 0.254
-    found = ("The unedited model's old answers", "given to 50.0% of the prompts, 25.4% of the rephrasings")
+    found = ("Known before", "the old answers to 50.0% of the prompts, 25.4% of the rephrasings")
     assert found in facts(Results.model_validate(made))
 
 
@@ -359,6 +382,10 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [percent(value) for value in (None, 0.0, 0.5)] == ["no data", "0.0 %", "50.0 %"]
+    assert [percent(value) for value in (None, 0.0, 0.5)] == [
+        "no data",
+        "0.0\N{NO-BREAK SPACE}%",
+        "50.0\N{NO-BREAK SPACE}%",
+    ]
     assert [size(value) for value in (512, 2048, 3 * 2**20, 2**33)] == ["512 B", "2.0 KiB", "3.0 MiB", "8.0 GiB"]
     assert [duration(value) for value in (9, 600, 36_000)] == ["9 s", "10 min", "10.0 h"]

@@ -12,6 +12,7 @@ from baft.report.curves import share_axis
 from baft.report.picture import Picture, missing, new_figure
 from baft.report.source import Metrics, Results
 from baft.report.style import INK, edits_axis, run_style
+from baft.report.words import last_two
 
 __all__ = ["held", "trade_off"]
 
@@ -86,5 +87,6 @@ def held(runs: Mapping[str, Results]) -> Picture:
     figure.supxlabel("edits made", fontsize=9)
     handles = [Line2D([], [], **run_style(number), label=label) for number, label in enumerate(runs)]
     figure.legend(handles=handles, loc="outside upper left", ncols=_columns(runs, 3, 100))
-    words = "All edits so far of each run (or a sample), asked again by generation."
-    return Picture(name, title, words, figure, wide=True)
+    words = "All edits so far of each run (or a sample), asked again by generation. "
+    words += next((said for results in runs.values() if (said := last_two(results.retention))), "")
+    return Picture(name, title, words.strip(), figure, wide=True)

@@ -13,7 +13,7 @@ from baft.evaluation.probes import MEASURES
 from baft.report.picture import Picture, missing, new_figure
 from baft.report.source import Results, RetentionPoint
 from baft.report.style import INK, MEASURE_COLOURS, MEASURE_STYLES, edits_axis
-from baft.report.words import after, duration, percent, size
+from baft.report.words import after, duration, last_two, percent, size, when
 
 __all__ = ["general", "memory", "retention", "seconds", "share_axis"]
 
@@ -36,37 +36,39 @@ def retention(results: Results) -> Picture:
     share_axis(axes)
     figure.legend(loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.2)
     last = ", ".join(f"{measure} {percent(points[-1].generation(measure))}" for measure in MEASURES)
-    when = after(points[-1].edits).capitalize() + (", settled" if points[-1].settled else "")
-    words = f"All edits so far (or a sample), asked again by generation. {when}: {last}."
+    words = f"All edits so far (or a sample), asked again by generation. {last_two(points)}{when(points[-1])}: {last}."
     return Picture(name, title, words, figure)
 
 
 def share_axis(axes: Axes) -> None:
+    """Shares from nothing to all, with as many decimals as the ticks need."""
     axes.set_ylim(0, 1.04)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def general(results: Results) -> Picture:
     """Perplexity on held-out text, as a multiple of the unedited model's."""
     name, title = "general", "General ability"
-    measured = [(p.edits, p.general) for p in results.retention if p.general]
-    finite = [(edits, g.perplexity / g.before) for edits, g in measured if g.perplexity and g.before]
+    finite = [(p, ratio) for p in results.retention if p.general and (ratio := p.general.ratio)]
     if not finite:
+        measured = any(p.general for p in results.retention)
         why = "no value of this run is finite" if measured else "this run didn't measure perplexity on held-out text"
         return missing(name, title, f"No data: {why}.")
+    points, ratios = zip(*finite, strict=True)
+    edits = [point.edits for point in points]
     figure = new_figure()
     axes = figure.add_subplot()
-    axes.plot(*zip(*finite, strict=True), color=INK, marker="o", linewidth=1.6)
+    axes.plot(edits, ratios, color=INK, marker="o", linewidth=1.6)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    edits_axis(axes, [edits for edits, _ in finite])
-    low, high = min(1.0, *(r for _, r in finite)), max(1.0, *(r for _, r in finite))
+    edits_axis(axes, edits)
+    low, high = min(1.0, *ratios), max(1.0, *ratios)
     if high > 5 * low:
         axes.set_yscale("log")
     else:
         axes.set_ylim(low - 0.1 * max(high - low, 0.5), high + 0.1 * max(high - low, 0.5))
     axes.set_ylabel("times the unedited model's")
     words = "Perplexity on held-out text, times the unedited model's: 1 is unharmed, more is worse. "
-    return Picture(name, title, words + f"{after(finite[-1][0]).capitalize()}: {finite[-1][1]:.3g}.", figure)
+    return Picture(name, title, f"{words}{last_two(points)}{when(points[-1])}: {ratios[-1]:.3g}.", figure)
 
 
 def seconds(results: Results, trained: Sequence[float]) -> Picture:

@@ -41,10 +41,11 @@ def gates(results: Results) -> Picture:
         )
         axes.set_title(f"block {layer}")
         shown = range(0, len(points), math.ceil(len(points) / _LABELS))
-        axes.set_xticks(shown, [f"{points[k].edits:,}" for k in shown], rotation=0 if len(shown) < 6 else 60)
+        names = [f"{points[k].edits:,}" + ("\nsettled" if points[k].settled else "") for k in shown]
+        axes.set_xticks(shown, names, rotation=0 if len(shown) < 6 else 60)
     figure.supxlabel("edits made", fontsize=9)
     figure.supylabel("basis", fontsize=9)
-    percents = PercentFormatter(1, decimals=1, symbol=" %")
+    percents = PercentFormatter(1, symbol=" %")
     bar = figure.colorbar(image, ax=figure.axes, format=percents, fraction=0.02, pad=0.01)
     bar.outline.set_visible(False)
     rank = max(len(share) for p in points for share in (p.gates or {}).values())

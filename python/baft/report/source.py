@@ -68,6 +68,11 @@ class _General(_Read):
     perplexity: float | None
     before: float | None
 
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity as a multiple of the unedited model's; None where one of them isn't finite."""
+        return self.perplexity / self.before if self.perplexity and self.before else None
+
 
 class RetentionPoint(Metrics):
     """The measures of the edits so far, after ``edits`` of them, and what the run had cost by then."""
@@ -107,6 +112,7 @@ class Results(_Read):
         requests: how many edits it shall be in the end, where that is known.
         finished: whether it has come to its end.
         superseded: the numbers of edits that a later one contradicts, so that they can't hold at the end.
+        dropped: the numbers of requests that were left out.
     """
 
     finished: bool = True
@@ -125,6 +131,7 @@ class Results(_Read):
     timing: _Timing
     settling: list[_Round] = []
     superseded: frozenset[int] = frozenset()
+    dropped: tuple[int, ...] = ()
     memory: _PeakMemory = _PeakMemory()
 
     @property

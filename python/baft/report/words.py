@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from baft.evaluation.measures import known_before, shares
-from baft.report.source import Results, RunSource
+from baft.report.source import Results, RetentionPoint, RunSource
 
-__all__ = ["after", "count", "duration", "facts", "labels", "method", "percent", "protocol", "size"]
+__all__ = ["after", "count", "duration", "facts", "labels", "last_two", "method", "percent", "protocol", "size", "when"]
 
 _WITH_RANK = ("BaFT", "LoReFT", "LoRA")
 
@@ -49,9 +49,10 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Model": results.model,
         "Data set": results.dataset,
         "Edits": f"{count(results)}, {results.mode}" + ("" if results.finished else ", not finished"),
+        "Left out": ", ".join(map(str, results.dropped)),
         "Rank": config.get("rank"),
         "Blocks": layers and ", ".join(map(str, layers)),
-        "The unedited model's old answers": _known(results),
+        "Known before": _known(results),
         "Seed": results.seed,
         "Backend": results.backend,
         "Time": timing.total_seconds and f"{duration(timing.total_seconds)} in all",
@@ -67,7 +68,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
 def _known(results: Results) -> str | None:
     """How much the model knew of what it was to forget: the measures can't be read without."""
     known = known_before(results.last.model_dump())
-    return f"given to {shares(known)}" if known else None
+    return f"the old answers to {shares(known)}" if known else None
 
 
 def _settling(results: Results) -> str | None:
@@ -111,8 +112,19 @@ def after(edits: int) -> str:
     return f"after {edits:,} edit{'s' if edits != 1 else ''}"
 
 
+def when(point: RetentionPoint) -> str:
+    """The moment of a look back, as a sentence begins with it."""
+    return after(point.edits).capitalize() + (", settled" if point.settled else "")
+
+
+def last_two(points: Sequence[RetentionPoint]) -> str:
+    """Why two points are above one number of edits, where they are."""
+    twice = len(points) > 1 and points[-1].settled and points[-2].edits == points[-1].edits
+    return "The last two points are before and after settling. " if twice else ""
+
+
 def percent(value: float | None) -> str:
-    return "no data" if value is None else f"{value:.1%}".replace("%", " %")
+    return "no data" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def size(count: float) -> str:

@@ -26,7 +26,7 @@ function cell(title, ...children) {
 
 const ENDED = {
   converged: "its loss was low enough",
-  stopped: "its steps were used up",
+  stopped: "it had taken all of its steps",
   diverged: "its loss was no finite number any more",
   "out of memory": "the device had no more memory",
 };

@@ -25,7 +25,7 @@ function readEdit(row, { texts, curves }) {
     target: texts[target],
     steps,
     seconds,
-    ended, // "converged", "stopped" (its steps were used up), "diverged", or "out of memory"
+    ended, // "converged", "stopped" (it had taken all of its steps), "diverged", or "out of memory"
     losses: curves[curve],
     immediate: { right: immediate, text: own ? own.immediate.text : null },
     final: { right: final, text: own ? own.final.text : null },
