@@ -94,9 +94,10 @@ def results(edits: int, **changes: Any) -> dict[str, Any]:
         "metrics": {"immediate": metrics(), "final": metrics(locality=0.97)},
         "retention": [retained(n, k) for k, n in enumerate(MILESTONES) if n <= edits],
         "timing": {"seconds_per_edit": 0.8, "total_seconds": 0.8 * edits},
-        "training": {"converged": edits, "diverged": 0},
+        "training": {"converged": edits, "diverged": 0, "out_of_memory": 0},
         "memory": {"peak_bytes": {"process": 2**29, "gpu": None}, "bytes_per_edit": 4096.0},
         "superseded": [],
+        "dropped": [],
     }
     return made | changes
 

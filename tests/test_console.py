@@ -83,6 +83,40 @@ def test_what_a_later_edit_contradicts_is_no_failure(tmp_path: Path, capsys: pyt
         assert ("✗" in printed, "superseded" in printed) == (not superseded, bool(superseded))
 
 
+def test_how_edits_ended_is_said_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Taking all steps is no failure."""
+
+    def said(converged: int, *, given_up: int = 0, dropped: int = 0, steps: int = 9) -> list[str]:
+        journal = Journal(None)
+        journal.add(*(EditRecord(k, record().request, Curve([1.0], 1, diverged=k < given_up)) for k in range(30)))
+        timing = {"seconds_per_edit": 1.0, "total_seconds": 1.0, "steps": steps}
+        training = {"converged": converged, "diverged": given_up, "out_of_memory": 0}
+        found = results(30, timing=timing, engine={}, training=training, dropped=[*range(40, 40 + dropped)])
+        with RunFolder(tmp_path / "run") as folder:
+            Console().report(RunReport(found, journal), folder)
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith(("Given up", "Left out")) or "all of their steps" in line]
+
+    assert said(30) == said(0, steps=0) == []
+    assert said(0) == ["30 of 30 edits took all of their steps"]
+    fewer = "of 30 edits took all of their steps, the others fewer: their loss was low enough before"
+    assert said(12) == [f"18 {fewer}"]
+    assert said(12, given_up=2) == [f"16 {fewer}", "Given up (2 without a finite loss): requests 0, 1"]
+    assert said(30, dropped=1) == ["Left out by `baft edits drop`: request 40"]
+    assert said(30, dropped=22)[0].endswith("requests " + ", ".join(map(str, range(40, 60))) + " and 2 more")
+
+
+def test_measures_fit_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the kinds of questions that data sets have."""
+    monkeypatch.setenv("COLUMNS", "80")
+    kinds = dict.fromkeys(("Relation_Specificity", "Forgetfulness"), 1.0)
+    asked = {"generation": 1.0, "token": 1.0, "sequence": 1.0, "kinds": kinds, "known": None}
+    moment = {**dict.fromkeys(MEASURES), "locality": asked}
+    Console().metrics({"immediate": moment, "final": moment}, "2 edits")
+    printed = capsys.readouterr().out
+    assert "…" not in printed and all(word in printed for word in ("immediate", "by token", "whole answer", *kinds))
+
+
 def test_kinds_of_questions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """They are a data set's own words."""
     kinds = dict.fromkeys(MARKED, 1.0)

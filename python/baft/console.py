@@ -24,6 +24,9 @@ __all__ = ["Console"]
 
 _SHOWN_EDITS = 8
 
+# Requests that are named by their numbers, at most.
+_NAMED = 20
+
 # Lines that are laid out together.
 _LINES = 200
 
@@ -61,12 +64,8 @@ class Console:
         results = report.results
         self._said(report)
         self.metrics(results["metrics"], f"{results['edits']} edits, {results['protocol']['mode']}")
-        timing, memory, training = results["timing"], results["memory"], results["training"]
-        left = results["edits"] - training["converged"]
-        if left:
-            given_up = {"without a finite loss": training["diverged"], "for want of memory": training["out_of_memory"]}
-            worse = "".join(f", {number} of them given up {why}" for why, number in given_up.items() if number)
-            self.say(f"{left} edits used up their steps before their loss was low enough{worse}")
+        timing, memory = results["timing"], results["memory"]
+        self._ends(report)
         padding = results["engine"].get("padding")
         self.say(
             f"{timing['seconds_per_edit']:.2f} s an edit ({timing['steps']} steps in all), "
@@ -75,6 +74,21 @@ class Console:
             + ("" if padding is None else f", {padding:.0%} of what it computed was padding")
         )
         self.say(f"Report:  {folder.page}\nFigures: {folder.results}\nTexts:   {folder.edits}")
+
+    def _ends(self, report: RunReport) -> None:
+        """How edits ended, and which requests aren't among them."""
+        results = report.results
+        training, edits = results["training"], results["edits"]
+        given_up = {"without a finite loss": training["diverged"], "for want of memory": training["out_of_memory"]}
+        all_steps = edits - training["converged"] - sum(given_up.values())
+        if all_steps and results["timing"]["steps"]:
+            fewer = ", the others fewer: their loss was low enough before" if training["converged"] else ""
+            self.say(f"{all_steps} of {edits} edits took all of their steps{fewer}")
+        if any(given_up.values()):
+            why = ", ".join(f"{number} {reason}" for reason, number in given_up.items() if number)
+            self.say(f"Given up ({why}): {_numbers(sorted(report.journal.given_up()))}")
+        if results["dropped"]:
+            self.say(f"Left out by `baft edits drop`: {_numbers(results['dropped'])}")
 
     def _said(self, report: RunReport) -> None:
         table = Table(title="What the model says", title_justify="left", box=box.SIMPLE_HEAD)
@@ -99,8 +113,8 @@ class Console:
         table.add_column("measure", no_wrap=True)
         for name, _ in shown:
             table.add_column(f"generated,\n{name}", justify="right", style="bold", no_wrap=True)
-        table.add_column("teacher-forced,\nby token", justify="right", no_wrap=True)
-        table.add_column("teacher-forced,\nwhole answer", justify="right", no_wrap=True)
+        table.add_column("teacher-\nforced,\nby token", justify="right", no_wrap=True)
+        table.add_column("teacher-\nforced,\nwhole answer", justify="right", no_wrap=True)
         for measure in MEASURES:
             generated = [_percent(m[measure] and m[measure]["generation"]) for _, m in shown]
             forced = [_percent(last[measure] and last[measure][family]) for family in ("token", "sequence")]
@@ -121,7 +135,7 @@ class Console:
         records = iter(records)
         for number in itertools.count():
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=number == 0, expand=True)
-            table.add_column("number", justify="right", width=11, overflow="fold")
+            table.add_column("number", justify="right", width=6)
             table.add_column("prompt", overflow="fold", ratio=2)
             table.add_column("target", overflow="fold", ratio=1)
             for column, width in (("steps", 5), ("loss", 6), ("at once", 7), ("at the end", 10)):
@@ -133,8 +147,8 @@ class Console:
                 if record.index in superseded:
                     marks[1] = _SUPERSEDED
                 request = record.request
-                place = Text.assemble(str(record.index), (f"\n{request.id}" if request.id else "", "dim"))
-                table.add_row(place, request.prompt, request.target, str(record.steps), loss, *marks)
+                prompt = Text.assemble(request.prompt, (f"\n{request.id}" if request.id else "", "dim"))
+                table.add_row(str(record.index), prompt, request.target, str(record.steps), loss, *marks)
             if number == 0 or table.row_count:
                 self._console.print(table)
             if table.row_count < _LINES:
@@ -145,9 +159,13 @@ class Console:
         request, curve = record.request, record.curve
         name = numbered(record.index, request, "edit")
         self._console.print(Text(f"{name}: {request.prompt} -> {request.target}", style="bold"))
-        endings = {"diverged": curve.diverged, "out of memory": curve.out_of_memory, "converged": curve.converged}
-        end = next((name for name, is_so in endings.items() if is_so), "out of steps")
-        self.say(f"{end} after {curve.steps} steps: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
+        endings = {
+            "no finite loss after {} steps": curve.diverged,
+            "out of memory after {} steps": curve.out_of_memory,
+            "a loss that was low enough after {} steps": curve.converged,
+        }
+        end = next((end for end, is_so in endings.items() if is_so), "all {} steps taken")
+        self.say(f"{end.format(curve.steps)}: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
         if superseded:
             self.say("superseded: a later request has its prompt and another target")
         table = Table(box=box.SIMPLE_HEAD)
@@ -168,6 +186,13 @@ class Console:
 
 def _percent(value: float | None) -> str:
     return "no data" if value is None else f"{100 * value:.1f} %"
+
+
+def _numbers(positions: Sequence[int]) -> str:
+    """Requests by their numbers, the first of them if they are many."""
+    more = len(positions) - _NAMED
+    named = ", ".join(map(str, positions[:_NAMED]))
+    return f"request{'s' if len(positions) > 1 else ''} {named}" + (f" and {more} more" if more > 0 else "")
 
 
 def _line(text: str) -> str:
