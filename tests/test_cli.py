@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from baft import BaftEditor
+from baft import BaftConfig, BaftEditor
 from baft.cli import main
 from baft.datasets.factworld import FactWorld
+from baft.distributed import World
 from baft.runs.folder import RunFolder
 from baft.runs.start import RunWords, start
 from baft.testbed.benchmark import BenchmarkKnowledge
@@ -155,6 +157,35 @@ def test_an_adapter_on_another_model_is_refused_unless_it_is_asked_for(
     assert done.returncode == 2 and f"was saved for, '{testbed}', got '{variant}', with other weights in" in done.stderr
     done = baft(*asked, "--any-model")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_libraries_warn_of_is_not_printed() -> None:
+    """A model that isn't found is one line, and not each try to reach the hub."""
+    baft("info")
+    assert not any(
+        logging.getLogger(name).isEnabledFor(logging.WARNING) for name in ("transformers", "huggingface_hub")
+    )
+
+
+def test_of_several_processes_that_share_the_questions_one_prints(
+    testbed: Path, sequential_run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = sequential_run
+    shared: list[int] = []
+
+    def share(_: World, items: list[Any]) -> list[Any]:
+        shared.append(len(items))
+        return items
+
+    monkeypatch.setattr(World, "share", share)
+    for rank in range(2):  # each asks everything here, so that they need not talk
+        monkeypatch.setattr("baft.distributed.launched", lambda r=rank: nullcontext(World(r, 2, one_model=True)))
+        done = baft("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
+        assert done.returncode == 0 and shared.pop() == results["edits"]
+        if rank == 0:
+            assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
+        else:
+            assert done.stdout == "" and "measuring" not in done.stderr
 
 
 def test_a_seed_is_the_option_else_the_files_else_the_default(
@@ -437,9 +468,15 @@ def test_a_baseline_runs_by_its_name(testbed: Path, dataset: Path, tmp_path: Pat
     assert results["metrics"]["final"]["locality"]["generation"] == 1.0
     # What only BaFT's engine knows is refused.
     done = baft("run", *arguments, "--out", tmp_path / "other", "--method", "lora", "--slots", 2)
-    assert done.returncode == 2 and "options: expected LoraOptions for lora" in done.stderr
+    assert done.returncode == 2 and "slots: expected no number with method lora" in done.stderr
     done = baft("run", *arguments, "--out", tmp_path / "other", "--method", "lora", "--remember", 9)
-    assert done.returncode == 2 and "options: expected LoraOptions for lora" in done.stderr
+    assert done.returncode == 2 and "remember: expected no number with method lora" in done.stderr
+
+
+def test_a_baseline_works_in_one_process() -> None:
+    words = RunWords(model="a model", dataset="a data set", mode="single", method="lora", config=BaftConfig())
+    with pytest.raises(ValueError, match=r"got lora, which works in one: start it without torchrun$"):
+        start(words, None, world=World(1, 2))
 
 
 def test_single_edits_do_not_add_up(testbed: Path, dataset: Path, tmp_path: Path) -> None:

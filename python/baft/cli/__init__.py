@@ -28,7 +28,8 @@ app.add_typer(edits.app, name="edits")
 
 def main() -> None:
     """The ``baft`` command: one clear line for bad input (status 2) and for a run that fails (status 1)."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub"):  # whose tries to reach the hub are lines without end
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except ValueError as error:

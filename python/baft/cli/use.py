@@ -24,8 +24,12 @@ def evaluate(
     any_model: AnyModel = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a saved adapter: on the requests that were edited, or on those of a data set."""
+    """Measure a saved adapter: on the requests that were edited, or on those of a data set.
+
+    Processes that torchrun started share the questions.
+    """
     from baft.datasets import load_dataset
+    from baft.distributed import launched
     from baft.editor import BaftEditor
     from baft.evaluation.measures import Evaluator, summarise
     from baft.evaluation.room import check_room, tokens_needed
@@ -33,18 +37,24 @@ def evaluate(
     from baft.runs.inputs import load_model
     from baft.runs.watcher import watched
 
-    console = Console(quiet=as_json)
-    with console.progress() as watcher:
-        loaded, tokenizer = load_model(model, device_map=device_map, quantise=quantise, on_training=watcher.training)
-        editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter, any_model=any_model)
-        edited = load_dataset(dataset)[:edits] if dataset else editor.edits
-        standing = can_hold(conflicts(edited), range(len(edited)))
-        requests = [edited[position] for position in standing][:edits]
-        superseded = len(edited) - len(standing)
-        evaluator = Evaluator(editor, max_new_tokens=answer_tokens or tokens_needed(editor.encoder, edited))
-        check_room(editor, requests, evaluator.max_new_tokens)
-        evaluator.record_base(requests, watched(watcher, "asking the unedited model"))
-        metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
+    with launched() as world:
+        console = Console(quiet=as_json, silent=not world.writes)
+        with console.progress() as watcher:
+            loaded, tokenizer = load_model(
+                model, device_map=device_map, quantise=quantise, on_training=watcher.training, world=world
+            )
+            editor = BaftEditor.from_pretrained(loaded, tokenizer, adapter, any_model=any_model)
+            edited = load_dataset(dataset)[:edits] if dataset else editor.edits
+            standing = can_hold(conflicts(edited), range(len(edited)))
+            requests = [edited[position] for position in standing][:edits]
+            superseded = len(edited) - len(standing)
+            answer_tokens = answer_tokens or tokens_needed(editor.encoder, edited)
+            evaluator = Evaluator(editor, max_new_tokens=answer_tokens, world=world)
+            check_room(editor, requests, evaluator.max_new_tokens)
+            evaluator.record_base(requests, watched(watcher, "asking the unedited model"))
+            metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))
+    if not world.writes:
+        return
     if as_json:
         found = {"requests": len(requests), "superseded": superseded, "metrics": metrics}
         typer.echo(json.dumps({"protocol": evaluator.protocol, **found}))

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from baft.config import BaftConfig
 from baft.datasets.factworld import WORLDS
 from baft.datasets.loading import load_with_rest
+from baft.distributed import ALONE, World
 from baft.evaluation.probes import old_answers, questions
 from baft.requests import EditRequest
 from baft.runs.placed import default_device, placement
@@ -55,6 +56,7 @@ def load_model(
     tensor_parallel: bool = False,
     quantise: str | None = None,
     on_training: OnProgress | None = None,
+    world: World = ALONE,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -64,11 +66,16 @@ def load_model(
             transformers knows); by default it is on one.
         tensor_parallel: spread each of its matrices over the processes that torchrun started, by the model's own plan.
         quantise: make its weights small while loading (``baft.runs.placed.QUANTISATIONS``); they stay so.
+        on_training: is told how the training of a FactWorld's model goes.
+        world: processes that each load it; one trains a FactWorld's model.
 
     Raises:
         ValueError: if it can't be loaded, or something for it isn't installed.
     """
-    source = str(factworld_folder(WORLDS[name](), RECIPES[name], on_progress=on_training)) if name in WORLDS else name
+    source = name
+    if name in WORLDS:
+        with world.one_first():
+            source = str(factworld_folder(WORLDS[name](), RECIPES[name], on_progress=on_training))
     with _blaming(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)

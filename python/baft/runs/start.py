@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,21 +105,21 @@ def start(
         ValueError: if something can't be loaded, if a request can't be edited or the model has no room for a question
             about it, or if ``folder`` is another run's.
     """
+    _check_method(words, world)
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
-    with world.one_first() if words.model in WORLDS else nullcontext():
-        model, tokenizer = load_model(
-            words.model,
-            device_map=words.device_map,
-            tensor_parallel=words.tensor_parallel,
-            quantise=words.quantise,
-            on_training=on_training,
-        )
-    # Options of the engine for a method that has none of it are refused, not passed over.
-    memory = EngineOptions.memory if words.remember is None else words.remember << 20
-    said = words.slots is not None or words.remember is not None or world.size > 1
-    asked = METHODS[words.method].options is EngineOptions or said
-    options = EngineOptions(slots=words.slots, memory=memory, world=world) if asked else None
+    model, tokenizer = load_model(
+        words.model,
+        device_map=words.device_map,
+        tensor_parallel=words.tensor_parallel,
+        quantise=words.quantise,
+        on_training=on_training,
+        world=world,
+    )
+    options = None
+    if METHODS[words.method].options is EngineOptions:
+        memory = EngineOptions.memory if words.remember is None else words.remember << 20
+        options = EngineOptions(slots=words.slots, memory=memory, world=world)
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
     if isinstance(editor, TrainedEditor):
         editor.fill_unrelated(assignment.requests)
@@ -154,3 +153,20 @@ def start(
         checkpoint_every=words.checkpoint_every,
     )
     return StartedRun(words, editor, assignment.requests, plan)
+
+
+def _check_method(words: RunWords, world: World) -> None:
+    """Refuse what is said to the engine, for a method that has none: it isn't passed over."""
+    if METHODS[words.method].options is EngineOptions:
+        return
+    if world.size > 1:
+        raise ValueError(
+            f"method: expected one that several processes share, got {words.method}, which works in one: "
+            "start it without torchrun"
+        )
+    for name in ("slots", "remember"):
+        if getattr(words, name) is not None:
+            raise ValueError(
+                f"{name}: expected no number with method {words.method}, which BaFT's engine has no part in, "
+                f"got {getattr(words, name)}"
+            )
