@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,8 @@ from baft import BaftConfig, BaftEditor, EditRequest
 from baft.engine import self_written
 from baft.engine.encoding import Encoder
 from baft.engine.self_written import write_texts
+from baft.runs.folder import RunFolder
+from baft.runs.start import RunWords, start
 
 
 def tokenizer_of(*special: str, chat: bool = False, **tokens: bool) -> PreTrainedTokenizerFast:
@@ -139,6 +144,41 @@ def test_where_the_model_writes_of_nothing_but_the_edits_that_is_kept(monkeypatc
     assert editor.unrelated_texts is None
     editor.fill_unrelated(REQUESTS)
     assert editor.unrelated_texts == (0, 256)
+
+
+def test_a_run_that_goes_on_has_the_texts_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another number of threads, say, it would write others, and train on them."""
+    tiny_model(max_position_embeddings=128).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("\n".join(request.model_dump_json() for request in REQUESTS))
+    words = RunWords(
+        model=str(tmp_path / "model"),
+        dataset=str(requests),
+        mode="sequential",
+        config=BaftConfig(rank=2, layers=(1,)),
+        edits=2,
+    )
+
+    def pool(out: Path) -> list[str]:
+        with RunFolder(out) as folder:
+            editor = start(words, folder).editor
+        assert isinstance(editor, BaftEditor) and editor._unrelated
+        return list(editor._unrelated)
+
+    first = pool(tmp_path / "run")
+    assert len(first) > 100
+
+    def write(*_: object) -> list[str]:
+        return ["Otherwise."] * 200
+
+    monkeypatch.setattr("baft.trained.write_texts", write)
+    assert pool(tmp_path / "run") == first
+    with closing(sqlite3.connect(tmp_path / "run" / "journal.sqlite", isolation_level=None)) as journal:
+        journal.execute("DELETE FROM self_written")  # as an older version, or a process that was killed that early
+    assert "Otherwise." in pool(tmp_path / "run")
+    monkeypatch.undo()
+    assert "Otherwise." in pool(tmp_path / "run")
 
 
 def test_enough_unrelated_texts_are_left_as_they_are() -> None:

@@ -101,18 +101,26 @@ class TrainedEditor(ABC):
         """How many texts that shall stay as they are were given, and how many the model wrote; None before it does."""
         return None if self._unrelated is None else (self._given, len(self._unrelated) - self._given)
 
-    def fill_unrelated(self, requests: Sequence[EditRequest]) -> None:
+    def fill_unrelated(self, requests: Sequence[EditRequest], written: Sequence[str] | None = None) -> list[str]:
         """Have the unedited model write what is missing where few unrelated texts were given, before the first edit.
 
         A handful is worse than none, for which it writes hundreds: what they don't speak of isn't left alone. What it
         writes of the subjects of ``requests`` may be what is to change: that is kept only where there is no other text.
+
+        Args:
+            written: what it wrote at an earlier time, in place of what it would write now.
+
+        Returns:
+            All that it wrote.
         """
         given = list(self._unrelated or ())
-        if len(given) < _ENOUGH:
-            written = self._write_unrelated(_ENOUGH - len(given))
-            subjects = {request.subject.casefold() for request in requests if request.subject}
-            others = [text for text in written if not any(subject in text.casefold() for subject in subjects)]
-            self._unrelated = given + (others if given else others or written)
+        if len(given) >= _ENOUGH:
+            return []
+        written = self._write_unrelated(_ENOUGH - len(given)) if written is None else list(written)
+        subjects = {request.subject.casefold() for request in requests if request.subject}
+        others = [text for text in written if not any(subject in text.casefold() for subject in subjects)]
+        self._unrelated = given + (others if given else others or written)
+        return written
 
     def engine_report(self) -> dict[str, Any]:
         """How the engine worked so far, for people."""

@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS base_forced (
 CREATE TABLE IF NOT EXISTS continued (
     prompt TEXT NOT NULL, branches INTEGER NOT NULL, texts TEXT NOT NULL, until INTEGER, PRIMARY KEY (prompt, branches)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS self_written (one INTEGER PRIMARY KEY CHECK (one = 1), texts TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS retention (
     edits INTEGER NOT NULL, settled INTEGER NOT NULL, point TEXT NOT NULL, PRIMARY KEY (edits, settled)
 ) WITHOUT ROWID;
@@ -381,6 +382,17 @@ class Journal:
         ]
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO continued VALUES (?, ?, ?, ?)", rows)
+
+    # -- what it writes in place of unrelated texts, before the first edit ---------------------------------------------
+
+    def self_written(self) -> list[str] | None:
+        """What ``add_self_written`` was told; None if nothing, as by an older version."""
+        found = self._one("SELECT texts FROM self_written")
+        return None if found is None else json.loads(found)
+
+    def add_self_written(self, texts: Sequence[str]) -> None:
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO self_written VALUES (1, ?)", (json.dumps(list(texts)),))
 
     # -- what run it is --------------------------------------------------------------------------------------------
 

@@ -121,8 +121,6 @@ def start(
         memory = EngineOptions.memory if words.remember is None else words.remember << 20
         options = EngineOptions(slots=words.slots, memory=memory, world=world)
     editor = make_editor(words.method, model, tokenizer, words.config, unrelated=assignment.unrelated, options=options)
-    if isinstance(editor, TrainedEditor):
-        editor.fill_unrelated(assignment.requests)
     if isinstance(editor, LooksAhead):
         editor.check(assignment.requests)  # and not when their turn comes, some day
     answer_tokens = words.answer_tokens or tokens_needed(editor.encoder, assignment.requests)
@@ -138,12 +136,16 @@ def start(
         tokenizer=tokenizer,
         backend=resolve_backend(words.config.backend),
     )
-    if folder is None:
-        pass  # another process's
-    elif folder.begun:
-        folder.go_on(identity, words.model_dump(mode="json"))
-    else:
-        folder.begin(identity, words.model_dump(mode="json"))
+    said, kept = words.model_dump(mode="json"), None
+    if folder and folder.begun:
+        folder.go_on(identity, said)
+        kept = folder.journal.self_written()
+    kept = world.first_ones(kept)  # from where it stands: written anew, texts may come out otherwise
+    written = editor.fill_unrelated(assignment.requests, kept) if isinstance(editor, TrainedEditor) else []
+    if folder and not folder.begun:
+        folder.begin(identity, said)
+    if folder and kept is None:
+        folder.journal.add_self_written(written)
     plan = RunPlan(
         held_out=held_out,
         measure_every=words.measure_every,
