@@ -95,6 +95,8 @@ def test_whose_answer_takes_the_room_is_named() -> None:
         check_room(editor, [wide, long], needed)
     with pytest.raises(ValueError, match=f"^request 0, 'Bob is .*and {needed} to follow$"):
         check_room(editor, [wide], needed)  # nobody's: it was asked for
+    with pytest.raises(ValueError, match=f"^request 0 .*and {needed} to follow$"):
+        check_room(editor, [long.model_copy(update={"prompt": WIDE}), long], needed)  # its own
     with pytest.raises(ValueError, match=r"^request 1 \(id case 7\): prompt: expected at most 64 tokens"):
         editor.check([wide, long.model_copy(update={"target": 2 * WIDE})])
 

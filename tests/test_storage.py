@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from baft import BaftEditor, EditRequest
 from baft.engine.options import EngineOptions
+from baft.fingerprint import fingerprint_of
 from baft_kernels import orthonormality_error
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "edits.json", "training_state.safetensors"]
@@ -189,6 +190,7 @@ def test_weights_that_are_not_plain_are_not_compared() -> None:
         linear = model.get_submodule("model.layers.1.mlp.up_proj")
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
         assert known.differences(tiny_editor(model)._fingerprint()) == found
+        assert not fingerprint_of(model, {"a matrix": linear}).weights
 
 
 def test_a_folder_of_an_older_version_knows_no_model(saved: Path) -> None:

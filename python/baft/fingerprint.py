@@ -85,8 +85,11 @@ def _sums(weight: Tensor) -> list[int]:
 
 def _words(piece: Tensor) -> Tensor:
     """Bytes as numbers of eight bytes each, of which there are fewer to be added."""
-    piece = pad(piece, (0, -len(piece) % 8))
-    return (piece.clone() if piece.storage_offset() % 8 else piece).view(torch.int64)
+    if missing := -len(piece) % 8:
+        piece = pad(piece, (0, missing))
+    elif piece.storage_offset() % 8:
+        piece = piece.clone()
+    return piece.view(torch.int64)
 
 
 class Fingerprint(BaseModel):
