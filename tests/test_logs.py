@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import resource
 import sys
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_a_line_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "open", watched)
     log.log(2, {"loss": 0.25})
     assert written == [b"2,0.25\n"]
+
+
+def test_a_full_disk_is_named_and_what_is_torn_is_left_out(tmp_path: Path) -> None:
+    """A line that the disk has room for a part of is an error, and not a line of fewer cells."""
+    log = open_log("csv", tmp_path)
+    log.log(1, {"loss": 0.5})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.csv").stat().st_size + 3, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/metrics.csv'"):
+            log.log(2, {"loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    open_log("csv", tmp_path).log(3, {"loss": 0.125})
+    assert [row["edits"] for row in _rows(tmp_path)] == ["1", "3"]
 
 
 def test_a_foreign_file_is_refused_and_kept(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from baft.config import BaftConfig
 from baft.fingerprint import Fingerprint
 from baft.requests import EditRequest
 
-__all__ = ["SavedEditor", "atomic_write", "load_editor", "save_editor"]
+__all__ = ["SavedEditor", "atomic_write", "load_editor", "naming", "save_editor"]
 
 CONFIG, PARAMETERS = "adapter_config.json", "adapter_model.safetensors"
 TRAINING_STATE, EDITS = "training_state.safetensors", "edits.json"
@@ -85,14 +86,26 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     _replace_files({path: write})
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system, which says of a full disk no more than that it is full, name what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """``atomic_write`` for files that belong together: none is put in place before all are on the disk."""
     beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in writers}
     try:
         for path, write in writers.items():
-            write(beside[path])
-            with beside[path].open("rb+") as file:
-                os.fsync(file.fileno())
+            with naming(path):
+                write(beside[path])
+                with beside[path].open("rb+") as file:
+                    os.fsync(file.fileno())
         for path, new in beside.items():
             new.replace(path)
     finally:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from baft.evaluation.probes import MEASURES
+from baft.report.picture import save_png
 from baft.report.style import MEASURE_COLOURS, MEASURE_STYLES, edits_axis
 
 __all__ = ["draw_run"]
@@ -23,7 +24,7 @@ def draw_run(results: dict[str, Any], path: Path) -> None:
     if len(retention) > 1:
         _draw_retention(panels[1], retention)
     figure.suptitle(_title(results), fontsize=11)
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def _title(results: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ def _save_pictures(page: Path, runs: Sequence[_Run], together: Sequence[Picture]
     for name, picture in named.items():
         if picture.figure:
             path = page.with_name(f"{page.stem}-{name}.png")
-            save_png(picture.figure, path)
+            save_png(picture.figure, path, dpi=160, facecolor="white", metadata={"Software": None})
             written.append(path)
     return written
 

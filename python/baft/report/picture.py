@@ -7,10 +7,12 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from baft.report.style import INK
+from baft.storage import atomic_write
 
 __all__ = ["Picture", "missing", "new_figure", "save_png", "svg"]
 
@@ -46,8 +48,11 @@ def new_figure(*, wide: bool = False, height: float = 1.0) -> Figure:
     return Figure(figsize=(_WIDE if wide else _WIDTH, _HEIGHT * height))
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+def save_png(figure: Figure, path: Path, **options: Any) -> None:
+    """Write the figure, whole or not at all; ``options`` are those of ``savefig``."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", **options)
+    atomic_write(path, lambda beside: beside.write_bytes(content.getvalue()))
 
 
 def svg(picture: Picture) -> str:

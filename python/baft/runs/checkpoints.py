@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from baft.storage import naming
+
 __all__ = ["Checkpoint", "Checkpoints", "kept"]
 
 STATE, DESCRIPTION = "state.safetensors", "checkpoint.json"
@@ -92,15 +94,15 @@ class Checkpoints:
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
         description = {"format": FORMAT, "done": done, "sha256": hashlib.sha256(content).hexdigest()}
         self.folder.mkdir(exist_ok=True)
-        beside = self.folder / f".{done}.{os.getpid()}"
+        beside, place = self.folder / f".{done}.{os.getpid()}", self._place(done)
         try:
-            beside.mkdir()
-            _write_through(beside / STATE, content)
-            _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
-            place = self._place(done)
-            _remove(place)
-            beside.rename(place)
-            _sync_folder(self.folder)
+            with naming(place):
+                beside.mkdir()
+                _write_through(beside / STATE, content)
+                _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
+                _remove(place)
+                beside.rename(place)
+                _sync_folder(self.folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         counts = self.counts()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from baft.storage import atomic_write
+from baft.storage import atomic_write, naming
 
 __all__ = ["LOGS", "MetricsLog", "open_log"]
 
@@ -66,7 +66,7 @@ class _CsvLog:
             self._columns += new
             self._rewrite(before=edits if self._continues else None)
             self._continues = False
-        with self._path.open("ab", buffering=0) as file:
+        with naming(self._path), self._path.open("ab") as file:
             file.write(_line([edits, *(values.get(name) for name in self._columns[1:])]))
 
     def _rewrite(self, before: int | None) -> None:
@@ -111,15 +111,18 @@ class _TensorBoardLog:
             raise ValueError(
                 "log: expected TensorBoard to be installed, got none; pip install 'baft-kernels[tensorboard]'"
             ) from error
+        self._folder = folder
         self._open: Any = lambda edits: SummaryWriter(str(folder), purge_step=edits, flush_secs=_FLUSHED_EVERY)
         self._writer: Any = None
 
     def log(self, edits: int, values: Mapping[str, float | None]) -> None:
-        self._writer = self._writer or self._open(edits)
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, edits)
+        with naming(self._folder):
+            self._writer = self._writer or self._open(edits)
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, edits)
 
     def close(self) -> None:
         if self._writer:
-            self._writer.close()
+            with naming(self._folder):
+                self._writer.close()
