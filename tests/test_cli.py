@@ -236,6 +236,32 @@ def test_resuming_needs_the_folder_alone(sequential_run: tuple[Path, dict[str, A
     assert (again / "edits.jsonl").read_bytes() == (out / "edits.jsonl").read_bytes()
 
 
+def test_a_run_that_is_done_shows_what_it_found(
+    sequential_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is loaded for that, and no file changes."""
+    out, results = sequential_run
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in again.rglob("*") if path.is_file()}
+    monkeypatch.setattr("baft.runs.start.start", None)
+    done = baft("run", "--resume", "--out", again, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"The run in {again} is done: nothing is left to do." in said
+    assert "100.0 %" in said and str(again / "results.json") in said and str(again / "report.html") in said
+    done = baft("run", "--resume", "--out", again, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == results and "nothing is left to do" in done.stderr
+    refused = baft("run", "--resume", "--out", again, "--seed", 4)
+    assert refused.returncode == 2 and "seed: the run was started with 3, got 4" in refused.stderr
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in again.rglob("*") if path.is_file()}
+    assert after == before
+    (again / "report.html").unlink()  # what ended it before its report was written
+    assert baft("run", "--resume", "--out", again).returncode == 0 and (again / "report.html").exists()
+    (again / "results.json").write_text("{")
+    damaged = baft("run", "--resume", "--out", again)
+    assert damaged.returncode == 2 and f"{again}/results.json: expected JSON, got a damaged file" in damaged.stderr
+
+
 def test_a_run_goes_on_wherever_its_files_are(
     testbed: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,15 +277,18 @@ def test_a_run_goes_on_wherever_its_files_are(
     run = tmp_path / "run"
     done = baft("run", *files, "--mode", "sequential", "--method", "none", "--out", run)
     assert done.returncode == 0, done.stderr
+    (run / "results.json").unlink()  # it has an end to come to, for which it needs all of them
     monkeypatch.chdir(elsewhere)
     assert baft("run", "--resume", "--out", run).returncode == 0
+    (run / "results.json").unlink()
     for path in start.iterdir():
         shutil.move(path, elsewhere / f"moved-{path.name}")
     done = baft("run", "--resume", "--out", run)
     assert done.returncode == 2 and str(start / "facts.json[:3]") in done.stderr
     files = ("--model", "moved-model", "--dataset", "moved-facts.json[:3]", "--held-out", "moved-texts.txt")
-    done = baft("run", "--resume", "--out", run, *files)
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # as it is done, too: there is no other way to tell of new places
+        done = baft("run", "--resume", "--out", run, *files)
+        assert done.returncode == 0 and "nothing is left to do" not in done.stdout, done.stderr
     monkeypatch.chdir(tmp_path)
     assert baft("edits", "rollback", run, 2, "--yes").returncode == 0  # said once is enough
 
@@ -270,6 +299,7 @@ def test_how_much_is_remembered_is_passed_on(
     """A run whose memory ran out goes on with less."""
     out, _ = sequential_run
     again = Path(shutil.copytree(out, tmp_path / "again"))
+    (again / "results.json").unlink()
     given: list[int | None] = []
 
     def note(words: RunWords, *_: object, **__: object) -> None:
@@ -336,6 +366,7 @@ def test_a_data_set_that_changed_is_refused(
 ) -> None:
     out, _ = sequential_run
     again = Path(shutil.copytree(out, tmp_path / "again"))
+    (again / "results.json").unlink()
     other = tmp_path / "other.json"
     other.write_text(dataset.read_text().replace(json.loads(dataset.read_text())[0]["target_new"], "Elsewhere"))
     words = json.loads((again / "run.json").read_text())

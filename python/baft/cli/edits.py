@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from baft.cli.endings import command, edits_are, ending_with
 from baft.cli.options import Json
 from baft.console import Console
 
@@ -73,7 +74,7 @@ def rollback(folder: Folder, number: Number, yes: Yes = False) -> None:
     """Go back to the state before an edit, exactly: that one and all after it are as if never made."""
     from baft.runs.undo import cost_of_rollback, roll_back
 
-    with _sequential_run(folder) as run:
+    with _sequential_run(folder) as run, ending_with(lambda error: run.way_on("rollback", number, error)):
         if run.place:
             run.say_cost(cost_of_rollback(run.place, number))
         run.take_back(number, yes, roll_back, "makes those taken back again")
@@ -88,7 +89,7 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
     from baft.runs.undo import cost_of_drop, is_waiting, leave_out
     from baft.runs.undo import drop as drop_edit
 
-    with _sequential_run(folder) as run:
+    with _sequential_run(folder) as run, ending_with(lambda error: run.way_on("drop", number, error)):
         waiting = run.world.first_ones(is_waiting(run.place, number) if run.place else False)
         if not waiting:
             if run.place:
@@ -133,10 +134,9 @@ class _SequentialRun:
         """Say what taking back takes; of the process that writes."""
         assert self.place is not None
         done = len(self.place.journal.positions())
-        finished = self.place.results.exists()
-        gone = "; results, report and adapter of the finished run go with that" if finished else ""
-        self.console.say(f"{cost.taken} of {_edits_are(done)} to be taken back{gone}.")
-        again = f"{_edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
+        gone = "; results, report and adapter of the finished run go with that" if self.place.done else ""
+        self.console.say(f"{cost.taken} of {edits_are(done)} to be taken back{gone}.")
+        again = f"{edits_are(cost.edits)} to be made again from the checkpoint after {cost.checkpoint}"
         self.console.say(f"{again}: {cost.seconds:.0f} s.")
 
     def take_back(self, number: int, yes: bool, do: TakeBack, resumed: str) -> None:
@@ -157,22 +157,42 @@ class _SequentialRun:
         with self.console.progress() as watcher:
             started = start(words, place, on_training=watcher.training, world=self.world)
             log = open_log(words.log, place.path) if words.log and place else None
-            context = open_context(
-                started.editor,
-                started.requests,
-                plan=started.plan,
-                folder=place,
-                watcher=watcher,
-                log=log,
-                world=self.world,
-            )
-            do(context, place, number)
-            context.close()
-            if log:
-                log.close()
+            try:
+                context = open_context(
+                    started.editor,
+                    started.requests,
+                    plan=started.plan,
+                    folder=place,
+                    watcher=watcher,
+                    log=log,
+                    world=self.world,
+                )
+                do(context, place, number)
+                context.close()
+            finally:
+                if log:
+                    log.close()
         if place:
-            left = _edits_are(len(place.journal.positions()))
+            left = edits_are(len(place.journal.positions()))
             self.console.say(f"{left} in {place.adapter}; `baft run --resume --out {place.path}` {resumed}.")
+
+    def way_on(self, doing: str, number: int, ended: BaseException) -> str:
+        """How far ``doing`` so to an edit had come when something ended it, and how it is gone on with."""
+        from baft.runs.sequential import RequestError
+
+        if self.place is None or isinstance(ended, RequestError):  # which says itself how to go on
+            return ""
+        when = "" if isinstance(ended, KeyboardInterrupt) else "once that is mended, "
+        again = when + command(f"baft edits {doing} {self.place.path} {number} --yes")
+        try:
+            if number in self.place.journal.dropped():
+                resume = command(f"baft run --resume --out {self.place.path}")
+                return f"request {number} is left out: {when}{resume} goes on from there"
+            if self.place.journal.cut_at() == number:
+                return f"the edits before {number} are kept: {again} goes on from there"
+            return f"no edit was taken back: {again} does it"
+        except (OSError, ValueError):  # of the same cause
+            return f"{again} goes on from there"
 
 
 @contextmanager
@@ -191,7 +211,3 @@ def _sequential_run(folder: Path) -> Iterator[_SequentialRun]:
             )
         world = replace(world, one_model=words.tensor_parallel)
         yield _SequentialRun(words, world, place, Console(silent=not world.writes))
-
-
-def _edits_are(number: int) -> str:
-    return "1 edit is" if number == 1 else f"{number} edits are"

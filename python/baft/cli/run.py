@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from baft.cli.endings import BEGINS_ANEW, command, edits_are, ending_with
 from baft.cli.options import (
     AnswerTokens,
     Backend,
@@ -31,6 +32,7 @@ from baft.console import Console
 if TYPE_CHECKING:
     from baft.distributed import World
     from baft.runs.folder import RunFolder
+    from baft.runs.run import RunReport
     from baft.runs.start import RunWords
 
 __all__ = ["demo", "run"]
@@ -104,12 +106,14 @@ def run(
     from baft.runs.inputs import load_config
     from baft.runs.start import RunWords
 
+    said = {"model": model, "dataset": dataset, "held_out": held_out, "remember": remember}
+    anew = {name: value for name, value in said.items() if value is not None}
+
     def chosen(folder: RunFolder) -> RunWords:
         if resume:
             words = RunWords(**folder.started_with())
             _agree(words, context)
-            anew = {"model": model, "dataset": dataset, "held_out": held_out, "remember": remember}
-            return words.model_copy(update={name: value for name, value in anew.items() if value is not None}).located()
+            return words.model_copy(update=anew).located()
         if model is None or dataset is None or mode is None:
             needed = {"--model": model, "--dataset": dataset, "--mode": mode}
             missing = " and ".join(option for option, value in needed.items() if value is None)
@@ -139,10 +143,62 @@ def run(
             log=log,
         ).located()
 
-    with launched() as world, RunFolder(out, begun=resume) if world.writes else nullcontext() as folder:
-        words = world.first_ones(None if folder is None else chosen(folder))
+    with (
+        launched() as world,
+        RunFolder(out, begun=resume) if world.writes else nullcontext() as folder,
+        ending_with(lambda error: _way_on(folder, error)),
+    ):
+        words, done = world.first_ones((chosen(folder), folder.done) if folder else (None, False))
         assert words is not None
-        _run(words, folder, log or words.log, as_json, replace(world, one_model=words.tensor_parallel))
+        if done and not (anew or log):  # something new is looked at, and kept, even so
+            _show(folder, as_json)
+        else:
+            _run(words, folder, log or words.log, as_json, replace(world, one_model=words.tensor_parallel))
+
+
+def _show(folder: RunFolder | None, as_json: bool) -> None:
+    """What a run that is done has found; no file is changed, but that a report is written where there is none."""
+    from baft.runs.folder import JOURNAL
+    from baft.runs.journal import Journal
+    from baft.runs.run import RunReport
+
+    if folder is None:
+        return
+    console = Console(quiet=as_json)
+    console.say(f"The run in {folder.path} is done: nothing is left to do.")
+    with closing(Journal(folder.path / JOURNAL, read_only=True)) as journal:
+        _end(RunReport(folder.found(), journal), folder, console, as_json, report_anew=not folder.page.exists())
+
+
+def _end(report: RunReport, folder: RunFolder, console: Console, as_json: bool, *, report_anew: bool = True) -> None:
+    """The end of a run: its report, and what a person or a machine reads of it."""
+    from baft.report import write_report
+    from baft.report.overview import draw_run
+
+    if report_anew:
+        draw_run(report.results, folder.picture)
+        write_report([folder.path])
+    console.report(report, folder)
+    if as_json:
+        typer.echo(json.dumps(report.results))
+
+
+def _way_on(folder: RunFolder | None, ended: BaseException) -> str:
+    """What is kept of a run that something has ended, and how it is gone on with."""
+    from baft.runs.sequential import RequestError
+
+    if folder is None or isinstance(ended, RequestError):  # which says itself how to go on
+        return ""
+    stopped = isinstance(ended, KeyboardInterrupt)
+    try:
+        if not folder.begun:
+            return f"the run hadn't begun, and {BEGINS_ANEW}" if stopped else ""
+        edits = len(folder.journal.positions())
+        kept = "all is kept, but the report isn't written: " if folder.done else f"{edits_are(edits)} kept: "
+    except (OSError, ValueError):  # of the same cause
+        kept = ""
+    when = "" if stopped else "once that is mended, "
+    return f"{kept}{when}{command(f'baft run --resume --out {folder.path}')} goes on from there"
 
 
 def _is_said(context: typer.Context, name: str) -> bool:
@@ -171,8 +227,6 @@ def _agree(words: RunWords, context: typer.Context) -> None:
 
 
 def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bool, world: World) -> None:
-    from baft.report import write_report
-    from baft.report.overview import draw_run
     from baft.runs.logs import open_log
     from baft.runs.run import run_edits
     from baft.runs.start import start
@@ -193,18 +247,8 @@ def _run(words: RunWords, folder: RunFolder | None, log: str | None, as_json: bo
                 description=started.description,
                 world=world,
             )
-        except KeyboardInterrupt:
-            if folder:
-                edits = len(folder.journal.positions())
-                console.say(f"Stopped after {edits} edits; `baft run --resume --out {folder.path}` goes on from there.")
-            raise typer.Exit(1) from None
         finally:
             if figures:
                 figures.close()
-    if folder is None:
-        return
-    draw_run(report.results, folder.picture)
-    write_report([folder.path])
-    console.report(report, folder)
-    if as_json:
-        typer.echo(json.dumps(report.results))
+    if folder:
+        _end(report, folder, console, as_json)

@@ -125,6 +125,11 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity_file.exists()
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do, but perhaps the report."""
+        return self.results.exists()
+
     def _is_empty(self) -> bool:
         """But for what a process leaves that is killed before it has begun the run."""
         return all(path.name.startswith(".") for path in self.path.iterdir())
@@ -177,13 +182,11 @@ class RunFolder:
 
     def _read_identity(self) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads(self.identity_file.read_text())
+            content = _read_json(self.identity_file)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.path}: expected a run's folder, found no {self.identity_file.name} in it"
             ) from None
-        except ValueError as error:
-            raise ValueError(f"{self.identity_file}: expected JSON, got a damaged file ({error})") from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{self.identity_file}: expected format {FORMAT}, got {content.get('format')!r}")
         return content
@@ -202,9 +205,25 @@ class RunFolder:
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         atomic_write(self.results, lambda path: path.write_text(text, "utf-8"))
 
+    def found(self) -> dict[str, Any]:
+        """What ``finish`` wrote to ``results.json``.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return _read_json(self.results)
+
     def reopen(self) -> None:
         """Take back that the run is done: what its end wrote is no longer so."""
         for path in (self.results, self.edits, self.page, self.picture, *self.path.glob(f"{self.page.stem}-*.png")):
             path.unlink(missing_ok=True)
         if self.adapter.exists():
             shutil.rmtree(self.adapter)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got a damaged file ({error})") from error
+    return content
