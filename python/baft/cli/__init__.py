@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from baft.cli.endings import BEGINS_ANEW, Ended, ending_with, stopped_alike, tell
+from baft.cli.endings import Ended, begins_anew, ending_with, stopped_alike, tell
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     with stopped_alike():
         try:
-            with ending_with(lambda _: BEGINS_ANEW):
+            with ending_with(begins_anew):
                 from baft.cli.commands import app  # takes seconds, in which it may be stopped, too
             app()
         except ValueError as error:

@@ -8,14 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 from baft.cli import edits, run, tools, use
-from baft.cli.endings import BEGINS_ANEW, ending_with
+from baft.cli.endings import begins_anew, ending_with
 
 __all__ = ["app"]
 
 
 class _Commands(TyperGroup):
     def invoke(self, context: Any) -> Any:
-        with ending_with(lambda error: BEGINS_ANEW if isinstance(error, KeyboardInterrupt) else ""):
+        with ending_with(begins_anew):
             return super().invoke(context)
 
 

@@ -16,10 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["BEGINS_ANEW", "Ended", "command", "edits_are", "ending_with", "stopped_alike", "tell"]
-
-BEGINS_ANEW = "the same command begins anew"
-"""What is said of a command that nothing is kept of."""
+__all__ = ["Ended", "begins_anew", "command", "edits_are", "ending_with", "stopped_alike", "tell"]
 
 # Of these Python itself handles the first.
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -80,6 +77,11 @@ def tell(error: Exception) -> None:
     """Say, in one line, what ended the command."""
     with contextlib.suppress(OSError):  # the terminal may be gone, or the disk full that its output goes to
         print(f"baft: {_line(error)}", file=sys.stderr, flush=True)
+
+
+def begins_anew(ended: BaseException) -> str:
+    """What is said of a command that nothing is kept of: how to go on, where it was stopped."""
+    return "the same command begins anew" if isinstance(ended, KeyboardInterrupt) else ""
 
 
 def command(words: str) -> str:

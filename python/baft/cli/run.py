@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from baft.cli.endings import BEGINS_ANEW, command, edits_are, ending_with
+from baft.cli.endings import begins_anew, command, edits_are, ending_with
 from baft.cli.options import (
     AnswerTokens,
     Backend,
@@ -192,7 +192,7 @@ def _way_on(folder: RunFolder | None, ended: BaseException) -> str:
     stopped = isinstance(ended, KeyboardInterrupt)
     try:
         if not folder.begun:
-            return f"the run hadn't begun, and {BEGINS_ANEW}" if stopped else ""
+            return f"the run hadn't begun, and {begins_anew(ended)}" if stopped else ""
         edits = len(folder.journal.positions())
         kept = "all is kept, but the report isn't written: " if folder.done else f"{edits_are(edits)} kept: "
     except (OSError, ValueError):  # of the same cause

@@ -49,7 +49,7 @@ def evaluate(
             requests = [edited[position] for position in standing][:edits]
             superseded = len(edited) - len(standing)
             answer_tokens = answer_tokens or tokens_needed(editor.encoder, edited)
-            evaluator = Evaluator(editor, max_new_tokens=answer_tokens, world=world)
+            evaluator = Evaluator(editor, max_new_tokens=answer_tokens, world=world, say=watcher.say)
             check_room(editor, requests, evaluator.max_new_tokens)
             evaluator.record_base(requests, watched(watcher, "asking the unedited model"))
             metrics = summarise(evaluator.measure(requests, watched(watcher, "measuring")))

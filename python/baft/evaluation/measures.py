@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +15,7 @@ from baft.editing import Editor, SideBySide
 from baft.engine.generation import OnBatch
 from baft.evaluation.base_answers import BaseAnswers, Forced, RememberedAnswers
 from baft.evaluation.matching import answer_part, matches, normalise
+from baft.evaluation.portions import Portions
 from baft.evaluation.probes import ASKED, MEASURES, ProbeResult, Question, questions
 from baft.evaluation.room import ANSWER_TOKENS
 from baft.requests import EditRequest
@@ -41,10 +42,14 @@ class Evaluator:
     Args:
         editor: whose model is measured.
         max_new_tokens: length of the generated answers, at most; ``tokens_needed`` says how much requests need.
-        batch_size: sequences at once.
+        batch_size: sequences at once, to begin with: when memory runs out, half as many from then on.
         base: where the unedited model's answers are kept; by default in memory.
         world: processes whose editors and base answers are alike. Each asks a share of the questions, and all have all
             answers. The states of single edits are each process's own, and so are the questions to them.
+        say: is told, in words, when memory has run out.
+
+    Attributes:
+        portions: keeps what is asked within memory.
     """
 
     def __init__(
@@ -55,10 +60,11 @@ class Evaluator:
         batch_size: int = 64,
         base: BaseAnswers | None = None,
         world: World = ALONE,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.editor = editor
         self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self.portions = Portions(batch_size, together=world.one_model, say=say)
         self.base = base or RememberedAnswers()
         self.world = world
 
@@ -166,16 +172,21 @@ class Evaluator:
         return ProbeResult(question, text, before, right, fmean(hits) if hits else None, all(hits) if hits else None)
 
     def _generate(self, prompts: Sequence[str], on_batch: OnBatch | None, **options: Any) -> list[str]:
-        return self.editor.generate(
-            prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, on_batch=on_batch, **options
-        )
+        def ask(size: int) -> list[str]:
+            told = on_batch if size == first else None  # what is asked again is told of once
+            return self.editor.generate(
+                prompts, max_new_tokens=self.max_new_tokens, batch_size=size, on_batch=told, **options
+            )
+
+        first = self.portions.size
+        return self.portions.ask("answers", ask)
 
     @torch.no_grad()
     def _force(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Forced]:
-        return [
-            Forced(tuple(predicted), tuple(wanted))
-            for predicted, wanted in self.editor.force(pairs, batch_size=self.batch_size, **options)
-        ]
+        found = self.portions.ask(
+            "answers by teacher forcing", lambda size: self.editor.force(pairs, batch_size=size, **options)
+        )
+        return [Forced(tuple(predicted), tuple(wanted)) for predicted, wanted in found]
 
 
 def summarise(results: Iterable[Sequence[ProbeResult]]) -> Metrics:

@@ -120,6 +120,10 @@ def _peak_bytes(retention: list[dict[str, Any]]) -> dict[str, int | None]:
 def _fluency(context: RunContext) -> dict[str, Any]:
     editor = context.editor
     requests = context.at(sample(context.journal.positions(), _FLUENT))
+
+    def measured() -> dict[str, float | None]:
+        return context.evaluator.portions.ask("fluency", lambda size: fluency(editor, requests, batch_size=size))
+
     with editor.disabled():
-        before = fluency(editor, requests, batch_size=context.evaluator.batch_size)
-    return {"before": before, "after": fluency(editor, requests, batch_size=context.evaluator.batch_size)}
+        before = measured()
+    return {"before": before, "after": measured()}

@@ -83,5 +83,10 @@ class Retention:
             return None
         if self._unedited is None:
             with editor.disabled():
-                self._unedited = perplexity(editor, self.held_out)
-        return {"perplexity": finite(perplexity(editor, self.held_out)), "before": finite(self._unedited)}
+                self._unedited = self._perplexity(editor)
+        return {"perplexity": finite(self._perplexity(editor)), "before": finite(self._unedited)}
+
+    def _perplexity(self, editor: Editor) -> float:
+        return self.evaluator.portions.ask(
+            "perplexity", lambda size: perplexity(editor, self.held_out, batch_size=size)
+        )

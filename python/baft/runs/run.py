@@ -185,10 +185,12 @@ def open_context(
     answer_tokens = plan.answer_tokens or tokens_needed(editor.encoder, requests)
     check_room(editor, requests, answer_tokens, fluency=mode != "single")
     journal = Journal.copy_of(folder.journal if folder else Journal(None), world)
-    evaluator = Evaluator(editor, max_new_tokens=answer_tokens, base=journal, world=world)
+    evaluator = Evaluator(
+        editor, max_new_tokens=answer_tokens, base=journal, world=world, say=lambda text: context.say(text)
+    )
     if isinstance(editor, LooksAhead):
         editor.keep_written_in(journal)
-    return RunContext(
+    context = RunContext(
         editor=editor,
         requests=requests,
         journal=journal,
@@ -201,3 +203,4 @@ def open_context(
         conflicts=conflicts(requests) if mode != "single" else [],
         world=world,
     )
+    return context

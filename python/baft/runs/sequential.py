@@ -133,8 +133,7 @@ class SequentialRun:
             if number == done or number % _ASKED_AHEAD == 0:
                 self._ask_ahead(everything, number - number % _ASKED_AHEAD)
             self._look_back(order, number)
-            with self._blaming(order[number]):
-                record = self._edit(order[number])
+            record = self._edit(order[number])
             context.journal.add(record)
             self._save(number + 1)
             self._tell(record, number + 1)
@@ -169,7 +168,8 @@ class SequentialRun:
     def _edit(self, position: int) -> EditRecord:
         context, request = self._context, self._context.requests[position]
         began = time.perf_counter()
-        curve, steps = self._train(position)
+        with self._blaming(position):
+            curve, steps = self._train(position)
         seconds = time.perf_counter() - began + self._ahead_seconds
         immediate = context.evaluator.measure([request])[0]
         if curve.diverged or curve.out_of_memory:
