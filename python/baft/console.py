@@ -12,6 +12,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from baft.evaluation.harness import side_by_side
 from baft.evaluation.measures import known_before, shares
 from baft.evaluation.probes import MEASURES, ProbeResult
 from baft.progress import Lines, ProgressWatcher, bars
@@ -64,6 +65,8 @@ class Console:
         results = report.results
         self._said(report)
         self.metrics(results["metrics"], f"{results['edits']} edits, {results['protocol']['mode']}")
+        if results.get("lm_eval"):
+            self._general(side_by_side(results["lm_eval"]))
         timing, memory = results["timing"], results["memory"]
         self._ends(report)
         padding = results["engine"].get("padding")
@@ -126,6 +129,15 @@ class Console:
         self._console.print(table)
         if known := known_before(last):
             self.say(f"The unedited model gave the old answers to {shares(known)}")
+
+    def _general(self, scores: Sequence[tuple[str, float, float]]) -> None:
+        table = Table(title="General ability, by lm-eval", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("task", overflow="fold")
+        table.add_column("unedited", justify="right", no_wrap=True)
+        table.add_column("edited", justify="right", no_wrap=True, style="bold")
+        for name, before, after in scores:
+            table.add_row(name, f"{before:.3f}", f"{after:.3f}")
+        self._console.print(table)
 
     def edits(self, records: Iterable[EditRecord], superseded: Collection[int] = ()) -> None:
         """A row for each edit, some hundreds at a time: nobody waits for the last one to see the first.

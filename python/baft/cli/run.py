@@ -96,6 +96,10 @@ def run(
         int | None,
         typer.Option(help="Edits between two checkpoints; by default as often as costs next to nothing.", min=1),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Ask lm-eval's tasks, with commas between, of the unedited and of the edited model."),
+    ] = None,
     log: Annotated[Literal["csv", "tensorboard"] | None, typer.Option(help="Also write figures as they come.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it was started.")] = False,
     as_json: Json = False,
@@ -140,6 +144,7 @@ def run(
             final=final,
             answer_tokens=answer_tokens,
             checkpoint_every=checkpoint_every,
+            lm_eval=lm_eval,
             log=log,
         ).located()
 

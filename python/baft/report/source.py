@@ -113,6 +113,7 @@ class Results(_Read):
         finished: whether it has come to its end.
         superseded: the numbers of edits that a later one contradicts, so that they can't hold at the end.
         dropped: the numbers of requests that were left out.
+        lm_eval: scores of lm-eval's tasks, ``before`` the first edit and ``after`` the last.
     """
 
     finished: bool = True
@@ -132,6 +133,7 @@ class Results(_Read):
     settling: list[_Round] = []
     superseded: frozenset[int] = frozenset()
     dropped: tuple[int, ...] = ()
+    lm_eval: dict[str, dict[str, float]] | None = None
     memory: _PeakMemory = _PeakMemory()
 
     @property

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from baft.evaluation.harness import side_by_side
 from baft.evaluation.measures import known_before, shares
 from baft.report.source import Results, RetentionPoint, RunSource
 
@@ -53,6 +54,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         "Rank": config.get("rank"),
         "Blocks": layers and ", ".join(map(str, layers)),
         "Known before": _known(results),
+        "General ability by lm-eval": _general(results),
         "Seed": results.seed,
         "Backend": results.backend,
         "Time": timing.total_seconds and f"{duration(timing.total_seconds)} in all",
@@ -69,6 +71,11 @@ def _known(results: Results) -> str | None:
     """How much the model knew of what it was to forget: the measures can't be read without."""
     known = known_before(results.last.model_dump())
     return f"the old answers to {shares(known)}" if known else None
+
+
+def _general(results: Results) -> str:
+    scores = side_by_side(results.lm_eval or {})
+    return "; ".join(f"{name} {before:.3f} unedited, {after:.3f} edited" for name, before, after in scores)
 
 
 def _settling(results: Results) -> str | None:

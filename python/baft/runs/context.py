@@ -37,6 +37,7 @@ class RunContext:
         watcher: is told how it goes on.
         log: gets the figures as they come.
         final: edits that are asked about at the end, at most; None asks about all.
+        tasks: of lm-eval, for general ability.
         conflicts: requests for the same thing, as ``baft.runs.conflicts`` finds them.
         world: the processes that share the run. Each has an editor and a journal, and all of them are alike but for
             single edits; what is on the disk is one's.
@@ -51,6 +52,7 @@ class RunContext:
     watcher: Watcher = field(default_factory=Nobody)
     log: MetricsLog | None = None
     final: int | None = None
+    tasks: Sequence[str] = ()
     conflicts: list[dict[str, Any]] = field(default_factory=list)
     world: World = ALONE
 

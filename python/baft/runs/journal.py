@@ -401,6 +401,11 @@ class Journal:
         with self._transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO description VALUES (1, ?)", (json.dumps(description),))
 
+    def described(self, name: str) -> Any:
+        """One of the things that ``describe`` was told; None if it wasn't, or nothing yet."""
+        text = self._one("SELECT text FROM description") if self._has("description") else None
+        return None if text is None else json.loads(text).get(name)
+
     def description(self) -> dict[str, Any]:
         """What ``describe`` was told.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from baft.evaluation.fluency import fluency
+from baft.evaluation.harness import general_ability
 from baft.evaluation.measures import summarise
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
@@ -36,6 +37,7 @@ def describe(context: RunContext, mode: str) -> dict[str, Any]:
         "seed": editor.config.seed,
         "requests": len(context.requests),
         "conflicts": context.conflicts,
+        "lm_eval": _asked_before(context),
     }
 
 
@@ -47,6 +49,31 @@ def _texts(context: RunContext) -> dict[str, Any]:
         "unrelated_texts": dict(zip(("given", "self_written"), unrelated, strict=True)) if unrelated else None,
         "held_out_texts": len(context.retention.held_out),
     }
+
+
+def _asked_before(context: RunContext) -> dict[str, Any] | None:
+    """lm-eval's scores of the unedited model: a data set of it that can't be had is found before the first edit.
+
+    A run that goes on has them in its journal.
+    """
+    if not context.tasks:
+        return None
+    asked = context.journal.described("lm_eval")
+    if not asked:
+        context.watcher.stage("lm-eval: the unedited model")
+        with context.editor.disabled():
+            asked = {"before": general_ability(context.editor, context.tasks)}
+        context.watcher.advance()
+    return dict(asked)
+
+
+def _asked_after(context: RunContext, before: dict[str, Any] | None) -> dict[str, Any] | None:
+    if before is None:
+        return None
+    context.watcher.stage("lm-eval: the edited model")
+    asked = {**before, "after": general_ability(context.editor, context.tasks)}
+    context.watcher.advance()
+    return asked
 
 
 def results_so_far(journal: Journal) -> dict[str, Any]:
@@ -103,6 +130,7 @@ def results(context: RunContext, mode: str) -> dict[str, Any]:
     return {
         **found,
         "fluency": None if mode == "single" else _fluency(context),
+        "lm_eval": _asked_after(context, found["lm_eval"]),
         "engine": editor.engine_report(),
         "memory": {
             "peak_bytes": _peak_bytes(found["retention"]),

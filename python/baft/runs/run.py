@@ -40,6 +40,8 @@ class RunPlan:
         retained: earlier edits that are asked about then, at most.
         final: edits that are asked about at the end, at most; None asks about all.
         answer_tokens: of a generated answer, at most; None is what the requests need (``tokens_needed``).
+        tasks: of lm-eval, for general ability (``baft.evaluation.harness.check_tasks``): of the unedited model before
+            the first edit, and of the edited one at the end. Single edits have no such end, and aren't asked.
         checkpoint_every: edits between two checkpoints; None writes them as often as costs next to nothing. After the
             last edit and after each settling round there is one in any case.
     """
@@ -49,6 +51,7 @@ class RunPlan:
     retained: int = 100
     final: int | None = None
     answer_tokens: int | None = None
+    tasks: Sequence[str] = ()
     checkpoint_every: int | None = None
 
 
@@ -200,6 +203,7 @@ def open_context(
         watcher=watcher or Nobody(),
         log=log,
         final=plan.final,
+        tasks=plan.tasks if mode != "single" else (),
         conflicts=conflicts(requests) if mode != "single" else [],
         world=world,
     )

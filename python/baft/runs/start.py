@@ -15,6 +15,7 @@ from baft.datasets.loading import NAMED_DATASETS
 from baft.distributed import ALONE, World
 from baft.editing import Editor, LooksAhead, Mode
 from baft.engine.options import EngineOptions
+from baft.evaluation.harness import check_tasks
 from baft.evaluation.room import check_room, tokens_needed
 from baft.requests import EditRequest
 from baft.runs.folder import RunFolder
@@ -44,6 +45,7 @@ class RunWords(BaseModel):
         device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
         measure_every, retained, final, answer_tokens, checkpoint_every: see ``RunPlan``.
+        lm_eval: its ``tasks``, with commas between.
         log: where figures go as they come, of ``baft.runs.logs.LOGS``.
     """
 
@@ -66,6 +68,7 @@ class RunWords(BaseModel):
     final: int | None = None
     answer_tokens: int | None = None
     checkpoint_every: int | None = None
+    lm_eval: str | None = None
     log: str | None = None
 
     def located(self) -> RunWords:
@@ -106,6 +109,7 @@ def start(
             about it, or if ``folder`` is another run's.
     """
     _check_method(words, world)
+    tasks = _tasks(words)
     assignment = load_assignment(words.dataset, words.edits, words.config.seed)
     held_out = assignment.held_out if words.held_out is None else load_held_out(words.held_out)
     model, tokenizer = load_model(
@@ -152,6 +156,7 @@ def start(
         retained=words.retained,
         final=words.final,
         answer_tokens=answer_tokens,
+        tasks=tasks,
         checkpoint_every=words.checkpoint_every,
     )
     return StartedRun(words, editor, assignment.requests, plan)
@@ -172,3 +177,16 @@ def _check_method(words: RunWords, world: World) -> None:
                 f"{name}: expected no number with method {words.method}, which BaFT's engine has no part in, "
                 f"got {getattr(words, name)}"
             )
+
+
+def _tasks(words: RunWords) -> list[str]:
+    """The tasks of lm-eval, which know nothing of prompts: what isn't edited into the model they don't see."""
+    if words.lm_eval is None:
+        return []
+    if words.mode == "single" or words.method == "in-context":
+        raise ValueError(
+            f"lm-eval: expected edits that a model holds together at the end, got {words.mode} ones by {words.method}"
+        )
+    tasks = [task.strip() for task in words.lm_eval.split(",")]
+    check_tasks(tasks, words.config)
+    return tasks
