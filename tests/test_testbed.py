@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 
 from baft.datasets import load_dataset
+from baft.datasets.factworld import FactWorld
 from baft.requests import EditRequest, Probe
 from baft.testbed.benchmark import BenchmarkKnowledge
+from baft.testbed.folder import factworld_folder
+from baft.testbed.training import TrainingReport
 from baft.testbed.wordings import Statement, Wordings
 
 
@@ -107,6 +112,26 @@ def test_a_target_is_never_learned_as_the_old_fact() -> None:
     assert knowledge.passed_over == 1 and BenchmarkKnowledge(REQUESTS).passed_over == 0
     assert "Cleo was born in" in [probe.prompt for probe in knowledge.questions()]
     assert not [text for seed in range(20) for text in knowledge.corpus(random.Random(seed)) if "Bern" in text]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_another_process_has_trained_meanwhile_is_taken(
+    whole: bool, small_world: FactWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAFT_CACHE_DIR", str(tmp_path))
+    trained = (tiny_model(), tiny_tokenizer(), TrainingReport(1, 1, 1.0, recall=1.0))
+
+    def train_while_another_does(*_: object, **__: object) -> object:
+        monkeypatch.setattr("baft.testbed.folder.train_testbed", lambda *_, **__: trained)
+        folder = factworld_folder(small_world)
+        if not whole:
+            (folder / "testbed.json").unlink()
+        return trained
+
+    monkeypatch.setattr("baft.testbed.folder.train_testbed", train_while_another_does)
+    with nullcontext() if whole else pytest.raises(OSError, match="not empty"):
+        assert (factworld_folder(small_world) / "testbed.json").exists()
+    assert len([*tmp_path.iterdir()]) == 1  # nothing is left of the second one
 
 
 def test_of_zsre_some_records_are_passed_over(data_dir: Path) -> None:

@@ -111,7 +111,11 @@ def factworld_folder(
     folder = cache_folder() / f"factworld-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if not (folder / REPORT).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        make_testbed(folder, world, recipe, facts=f"FactWorld, seed {world.seed}", on_progress=on_progress)
+        try:
+            make_testbed(folder, world, recipe, facts=f"FactWorld, seed {world.seed}", on_progress=on_progress)
+        except OSError:
+            if not (folder / REPORT).exists():  # else another process has trained it meanwhile: the same model
+                raise
     return folder
 
 
