@@ -101,7 +101,8 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
             run.console.say(_NOTHING_DONE)
         elif run.place:
             leave_out(run.place, number)
-            run.console.say(f"It is left out; `baft run --resume --out {folder}` goes on without it.")
+            resume = command(f"baft run --resume --out {folder}")
+            run.console.say(f"It is left out; {resume} goes on without it.")
 
 
 def _journal(folder: Path) -> Any:
@@ -174,7 +175,8 @@ class _SequentialRun:
                     log.close()
         if place:
             left = edits_are(len(place.journal.positions()))
-            self.console.say(f"{left} in {place.adapter}; `baft run --resume --out {place.path}` {resumed}.")
+            resume = command(f"baft run --resume --out {place.path}")
+            self.console.say(f"{left} in {place.adapter}; {resume} {resumed}.")
 
     def way_on(self, doing: str, number: int, ended: BaseException) -> str:
         """How far ``doing`` so to an edit had come when something ended it, and how it is gone on with."""
