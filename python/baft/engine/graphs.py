@@ -24,6 +24,9 @@ Capture = Callable[[Callable[[], Found]], tuple[Callable[[], None], Found]]
 # Each takes memory for its inputs and its launches. Steps of shapes beyond these are rare, and run without.
 _MOST = 64
 
+# Shapes that are remembered in case they come again. On a model of long texts hardly any may.
+_SEEN = 1024
+
 
 class _Graph(NamedTuple):
     inputs: StepInputs
@@ -58,10 +61,11 @@ class Graphs:
 
     def __call__(self, inputs: StepInputs) -> Found:
         """``step.compute(inputs)``; what a graph returns is overwritten by its next replay."""
+        if not self.used:
+            return self._step.compute(inputs)
         shape = _shape(inputs)
-        if shape not in self._graphs and self._why_not is None and (self._at_first or shape in self._seen):
+        if shape not in self._graphs and self._why_not is None and self._is_worth_it(shape):
             self._add(shape, inputs)
-        self._seen.add(shape)
         graph = self._graphs.get(shape)
         if graph is None:
             return self._step.compute(inputs)
@@ -70,6 +74,15 @@ class Graphs:
         graph.replay()
         self._step.sets.mark_written()
         return graph.found
+
+    def _is_worth_it(self, shape: object) -> bool:
+        """Whether a shape may be expected to come again."""
+        if self._at_first or shape in self._seen:
+            return True
+        if len(self._seen) == _SEEN:
+            self._seen.clear()
+        self._seen.add(shape)
+        return False
 
     def forget(self) -> None:
         """Drop all graphs: what they read lies elsewhere now. Others may be captured, if any ever could."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from baft.engine.continuations import Asked, Continuations
 from baft.engine.encoding import Encoded, Encoder, Tokens, Words
@@ -15,12 +16,27 @@ __all__ = ["WRITTEN_AHEAD", "Surroundings"]
 WRITTEN_AHEAD = 64
 """Requests that texts are written for together, where more are known than the next."""
 
-# How much of each kind is remembered as words, so that no step waits for a tokenizer.
-_REMEMBERED = 1 << 17
+# What takes a tokenizer to find out is remembered, a little of each of so many requests, so that no step waits for it.
+# The texts themselves, ten times as much, are left to who keeps them.
+_REMEMBERED = 1 << 16
+# And of so many retellings the words, which only those behind other texts need.
+_WORDS = 1 << 13
 
 # Where an answer ends, as other texts are searched for it: at any mark, whether or not a sentence ends there. The marks
 # of Chinese and Japanese too.
 _END = re.compile("[.,;:!?\n\u3002\uff0c\uff1b\uff1a\uff01\uff1f]")
+
+
+class _Choice(NamedTuple):
+    """What a request makes of the texts about its subject, by their numbers.
+
+    Attributes:
+        staying: those that tell of no edit.
+        telling: those that tell of its own fact and of no other edit, each with the column where the old answer begins.
+    """
+
+    staying: tuple[int, ...]
+    telling: tuple[tuple[int, int], ...]
 
 
 class Surroundings:
@@ -44,11 +60,10 @@ class Surroundings:
         self._count = count
         self._limit = limit
         self._answer_in = lru_cache(_REMEMBERED)(self._cut_to_answer)
-        self._column = lru_cache(_REMEMBERED)(self._find_column)
-        self._told = lru_cache(_REMEMBERED)(self._told_by)
-        self._said = lru_cache(_REMEMBERED)(self._say)
+        self._chosen = lru_cache(_REMEMBERED)(self._choose)
         self._start = lru_cache(_REMEMBERED)(self._encode)
         self._spaced = lru_cache(_REMEMBERED)(self._is_spaced)
+        self._said = lru_cache(_WORDS)(self._say)
         # By subject, the prompts of all edits of ``_known``, as far as they have been looked at.
         self._asked: dict[str, set[Tokens]] = {}
         self._known: Sequence[Encoded] = ()
@@ -90,10 +105,8 @@ class Surroundings:
         subject = self._subject(row) if self._count else ""
         if not subject:
             return ()
-        edited = {answer for prompt in self._prompts(subject, row) if (answer := self._answer(prompt))}
-        texts = ((branch, self._told(branch, subject)) for branch in self._branches(subject))
-        kept = [branch for branch, text in texts if not any(answer in text for answer in edited)]
-        return tuple(self._text_about(subject, branch) for branch in kept)
+        branches = self._branches(subject)
+        return tuple(self._text_about(subject, branches[k]) for k in self._choice(row, subject, branches).staying)
 
     def all_about(self, subject: str) -> tuple[Encoded, ...]:
         """All texts about a subject, whatever they tell of it."""
@@ -107,22 +120,45 @@ class Surroundings:
         where it follows the request's prompt without, or the other way round; nor any that the model is too short for.
         """
         subject = self._subject(row) if self._count and not row.given else ""
-        answer = self._answer(row.ids[: row.prompt_length]) if subject else ""
-        others = [self._answer(prompt) for prompt in self._prompts(subject, row) - {row.ids[: row.prompt_length]}]
-        if not answer or answer in others:
+        if not subject:
             return ()
-        spaced = self._spaced(row)
-        span = self._start(subject).subject
+        branches, span = self._branches(subject), self._start(subject).subject
         found = []
-        for branch in self._branches(subject):
-            column = self._column(branch, subject, answer, spaced)
-            if column is not None:
-                told = self._told(branch[:column], subject)
-                ids = (*branch[:column], *row.ids[row.prompt_length :])
-                fits = self._limit is None or len(ids) <= self._limit
-                if fits and not any(other and other in told for other in others):
-                    found.append(Encoded(ids, column, span, words=self._words(branch[:column], row)))
+        for number, column in self._choice(row, subject, branches).telling:
+            told = branches[number][:column]
+            ids = (*told, *row.ids[row.prompt_length :])
+            if self._limit is None or len(ids) <= self._limit:
+                found.append(Encoded(ids, column, span, words=self._words(told, row)))
         return tuple(found)
+
+    def _choice(self, row: Encoded, subject: str, branches: Sequence[Tokens]) -> _Choice:
+        prompt = row.ids[: row.prompt_length]
+        others = frozenset(map(self._answer, self._prompts(subject) - {prompt}))
+        return self._chosen(subject, self._answer(prompt), others, self._spaced(row), hash(tuple(branches)))
+
+    def _choose(self, subject: str, answer: str, others: Collection[str], spaced: bool, written: int) -> _Choice:
+        """Look through all texts about a subject.
+
+        Args:
+            answer: what the unedited model answers to the request's prompt; "" is none.
+            others: what it answers to those of other edits of the subject.
+            spaced: whether a space stands before the request's target.
+            written: a sum of the texts, which may be others after the model has changed.
+        """
+        branches = self._branches(subject)
+        texts = [self._told_by(branch, subject) for branch in branches]
+        edited = [known for known in (answer, *others) if known]
+        staying = tuple(k for k, text in enumerate(texts) if not any(known in text for known in edited))
+        telling = []
+        for number, (branch, text) in enumerate(zip(branches, texts, strict=True)):
+            if not answer or answer in others or answer not in text:
+                continue
+            column = self._column(branch, text, subject, answer, spaced)
+            if column is not None:
+                told = self._told_by(branch[:column], subject)
+                if not any(other and other in told for other in others):
+                    telling.append((number, column))
+        return _Choice(staying, tuple(telling))
 
     def _words(self, told: Tokens, row: Encoded) -> Words | None:
         """A retelling as a prompt and target in words; None if a template stands in it, which none would know."""
@@ -135,20 +171,20 @@ class Surroundings:
         text = self._text(told)
         return Words(text, target, subject) if subject in text else None
 
-    def _prompts(self, subject: str, row: Encoded) -> set[Tokens]:
-        """The prompts of all edits of a subject, ``row`` among them."""
-        new = {prompt for about, prompt in self._new if about == subject}
-        return {row.ids[: row.prompt_length], *new, *self._asked.get(subject, ())}
+    def _prompts(self, subject: str) -> set[Tokens]:
+        """The prompts of all edits of a subject."""
+        return {*self._asked.get(subject, ()), *(prompt for about, prompt in self._new if about == subject)}
 
     def _told_by(self, branch: Tokens, subject: str) -> str:
         """What a text says of its subject, without naming it, and without regard to case."""
         return self._text(branch).casefold()[len(self._text(self._start(subject).ids).casefold()) :]
 
-    def _find_column(self, branch: Tokens, subject: str, answer: str, spaced: bool) -> int | None:
-        """Where an answer begins in a text, in words of its own, ``spaced`` from what is before or not; else None."""
-        whole = self._told(branch, subject)
-        if answer not in whole:
-            return None
+    def _column(self, branch: Tokens, whole: str, subject: str, answer: str, spaced: bool) -> int | None:
+        """Where an answer begins in a text, in words of its own, ``spaced`` from what is before or not; else None.
+
+        Args:
+            whole: what the text says of its subject, the answer somewhere in it.
+        """
         for column in range(len(self._start(subject).ids), len(branch)):
             told = self._told_by(branch[:column], subject)
             left = whole.removeprefix(told)

@@ -18,7 +18,7 @@ __all__ = ["UnrelatedPool"]
 
 # Characters that a text before a prompt may have, and how many requests behind texts are remembered.
 _SHORT = 200
-_REMEMBERED = 1 << 17
+_REMEMBERED = 1 << 15
 
 
 class UnrelatedPool:
