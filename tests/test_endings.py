@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -25,7 +27,9 @@ from tiny import one_thread, tiny_model, tiny_tokenizer
 
 from baft.cli import main
 from baft.cli.endings import Ended, ending_with, stopped_alike
+from baft.runs.folder import JOURNAL
 from baft.runs.outcome import outcome
+from baft.testbed.training import TrainingReport
 
 __all__ = ["one_thread"]
 
@@ -95,12 +99,7 @@ class Pause:
     marker: Path
 
     def __call__(self) -> None:
-        *module, owner, name = self.function.split(".")
-        try:
-            place: Any = getattr(import_module(".".join(module)), owner)
-        except AttributeError:
-            place = import_module(".".join([*module, owner]))
-        original, left = getattr(place, name), iter(range(self.call - 1))
+        original, left = resolve_name(self.function), iter(range(self.call - 1))
 
         def wait(*arguments: Any, **options: Any) -> Any:
             if next(left, None) is not None:
@@ -109,7 +108,7 @@ class Pause:
             time.sleep(PATIENCE)
             raise AssertionError("nobody stopped it")
 
-        setattr(place, name, wait)
+        pytest.MonkeyPatch().setattr(self.function, wait)
 
     def reached(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -241,6 +240,7 @@ def test_what_a_process_is_told_to_ignore_stays_ignored(monkeypatch: pytest.Monk
     signal.signal(HANG_UP, signal.SIG_IGN)
     try:
         with pytest.raises(Ended, match=r"^stopped by SIGTERM; that is all$"), stopped_alike():
+            assert callable(signal.getsignal(TERMINATE))  # or it would end the tests
             signal.raise_signal(HANG_UP)
             with ending_with(lambda _: "that is all"):
                 signal.raise_signal(TERMINATE)
@@ -262,33 +262,47 @@ def test_of_several_processes_one_says_that_they_were_stopped(monkeypatch: pytes
 # -- a disk that is full --
 
 
-# How large a file may get, in KiB, which file would get larger, and what is said to be kept, if anything is.
-ROOMS = [
-    (1, "run.json", None),
-    (40, "journal.sqlite", ""),
-    (88, "checkpoints/000000001", "1 edit is kept: "),
-    (97, "journal.sqlite", r"\d edits are kept: "),
-    (20, "report.png", "all is kept, but the report isn't written: "),
-]
+def leave_room(size: int) -> None:
+    """For files of so many bytes each, which stands for what there is on a disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def test_a_run_that_fills_the_disk_goes_on_when_there_is_room(
     words: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    """A limit to the size of each file stands for the disk."""
     out = tmp_path / "run"
-    for room, file, kept in ROOMS:
-        if file == "report.png":
-            assert baft("run", "--resume", "--out", out, scratch=tmp_path).returncode == 0
-            (out / "report.html").unlink()
-        command = ("run", "--resume", "--out", out) if (out / "run.json").exists() else (*words, "--out", out)
-        limit = (room << 10, resource.RLIM_INFINITY)
-        done = baft(
-            *command, scratch=tmp_path, ready=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        )
+    resume = ("run", "--resume", "--out", out)
+    state, journal = ((whole / name).stat().st_size for name in ("checkpoints/000000011/state.safetensors", JOURNAL))
+
+    def fill(room: int, file: str, kept: str | None) -> None:
+        command = resume if (out / "run.json").exists() else (*words, "--out", out)
+        done = baft(*command, scratch=tmp_path, ready=partial(leave_room, room))
         way_on = f"; {kept}once that is mended, `baft run --resume --out {out}` goes on from there"
         says = rf"baft: .*{out}/{file}\b.*{'' if kept is None else way_on}"
         assert re.fullmatch(says, done.last) and done.returncode == 1, done.output
-    assert baft("run", "--resume", "--out", out, scratch=tmp_path).returncode == 0
-    assert (out / "report.html").exists()
+
+    fill(1 << 10, "run.json", None)
+    fill(40 << 10, JOURNAL, "")  # it isn't even made
+    fill(state - 100, "checkpoints/000000001", "1 edit is kept: ")
+    fill(journal - 1, JOURNAL, r"\d edits are kept: ")
+    assert baft(*resume, scratch=tmp_path).returncode == 0
+    (out / "report.html").unlink()
+    fill(20 << 10, "report.png", "all is kept, but the report isn't written: ")
+    assert baft(*resume, scratch=tmp_path).returncode == 0 and (out / "report.html").exists()
     assert outcome(out) == outcome(whole)
+
+
+def test_a_testbed_that_fills_the_disk_is_not_there(tmp_path: Path) -> None:
+    """safetensors tells of it by an error of its own."""
+
+    def fill() -> None:
+        trained = (tiny_model(), tiny_tokenizer(), TrainingReport(parameters=1, steps=1, seconds=1.0, recall=1.0))
+        pytest.MonkeyPatch().setattr("baft.testbed.folder.train_testbed", lambda *_, **__: trained)
+        leave_room(1 << 16)
+
+    facts = [{"prompt": f"{name} was born in", "target": "Bern", "ground_truth": "Oslo"} for name in ("Ada", "Bob")]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    out = tmp_path / "model"
+    done = baft("testbed", "--dataset", tmp_path / "facts.json", "--out", out, scratch=tmp_path, ready=fill)
+    assert done.returncode == 1 and re.fullmatch(f"baft: {out}: .*File too large.*", done.last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.json", "output"]

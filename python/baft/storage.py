@@ -88,13 +88,19 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system, which says of a full disk no more than that it is full, name what was written."""
+    """Let an error of writing, which says of a full disk no more than that it is full, name what was written.
+
+    Raises:
+        OSError: as it came, and in place of safetensors' own error.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:

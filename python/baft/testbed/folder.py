@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from baft.datasets.factworld import FactWorld
+from baft.storage import naming
 from baft.testbed.training import Knowledge, OnProgress, TestbedRecipe, TrainingReport, train_testbed
 
 __all__ = ["RECALL_NEEDED", "RECIPES", "cache_folder", "factworld_folder", "make_testbed", "without_progress_bars"]
@@ -68,7 +69,10 @@ def make_testbed(
         )
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        _save(beside, model, tokenizer, {"facts": facts, **dataclasses.asdict(recipe), **dataclasses.asdict(report)})
+        with naming(folder):
+            _save(
+                beside, model, tokenizer, {"facts": facts, **dataclasses.asdict(recipe), **dataclasses.asdict(report)}
+            )
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
