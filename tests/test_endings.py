@@ -234,7 +234,7 @@ def test_a_command_may_be_stopped_while_it_imports(number: signal.Signals, name:
     assert done.stderr == f"baft: stopped by {name}; the same command begins anew\n"
 
 
-def test_what_a_process_is_told_to_ignore_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_process_is_told_to_ignore_stays_ignored() -> None:
     """By nohup, say; and outside the command all is as before."""
     handlers = [signal.getsignal(number) for number in (INTERRUPT, TERMINATE, HANG_UP)]
     signal.signal(HANG_UP, signal.SIG_IGN)
@@ -251,6 +251,9 @@ def test_what_a_process_is_told_to_ignore_stays_ignored(monkeypatch: pytest.Monk
 
 def test_of_several_processes_one_says_that_they_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    with stopped_alike():
+        assert callable(signal.getsignal(TERMINATE))  # another launcher's, of processes that know nothing of each other
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with stopped_alike():
         assert signal.getsignal(TERMINATE) is signal.SIG_DFL  # it ends at once, without a word
         with pytest.raises(SystemExit, match=r"^1$"), ending_with(lambda _: "that is all"):

@@ -40,7 +40,8 @@ def stopped_alike() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that Python doesn't know stays, too
+                signal.signal(number, handler)
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -86,7 +87,7 @@ def begins_anew(ended: BaseException) -> str:
 
 def command(words: str) -> str:
     """A command for a person to type, who has torchrun start it where it started this one."""
-    return f"`{words}`" + (", under torchrun as before," if "TORCHELASTIC_RUN_ID" in os.environ else "")
+    return f"`{words}`" + (", under torchrun as before," if _by_torchrun() else "")
 
 
 def edits_are(number: int) -> str:
@@ -99,4 +100,8 @@ def _line(error: BaseException) -> str:
 
 def _prints() -> bool:
     """Whether this process, of several that torchrun may have started, is the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return not _by_torchrun() or os.environ["RANK"] == "0"
+
+
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ

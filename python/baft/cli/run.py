@@ -199,7 +199,8 @@ def _way_on(folder: RunFolder | None, ended: BaseException) -> str:
         if not folder.begun:
             return f"the run hadn't begun, and {begins_anew(ended)}" if stopped else ""
         edits = len(folder.journal.positions())
-        kept = "all is kept, but the report isn't written: " if folder.done else f"{edits_are(edits)} kept: "
+        unreported = folder.done and not folder.page.exists()
+        kept = "all is kept, but the report isn't written: " if unreported else f"{edits_are(edits)} kept: "
     except (OSError, ValueError):  # of the same cause
         kept = ""
     when = "" if stopped else "once that is mended, "
