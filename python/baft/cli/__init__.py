@@ -15,7 +15,8 @@ __all__ = ["main"]
 
 def main() -> None:
     """The ``baft`` command: one clear line for bad input (status 2), and for what ends before its end (status 1)."""
-    for library in ("transformers", "huggingface_hub"):  # whose tries to reach the hub are lines without end
+    # What they warn of comes again and again: at each try to reach the hub, at each product of 8-bit weights.
+    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     with stopped_alike():
         try:
