@@ -160,7 +160,7 @@ def test_an_adapter_on_another_model_is_refused_unless_it_is_asked_for(
 
 
 def test_what_libraries_warn_of_is_not_printed() -> None:
-    """A model that isn't found is one line, and not each try to reach the hub; 8-bit weights are none at each product."""
+    """Neither each try to reach the hub for a model that isn't there, nor each product of 8-bit weights."""
     baft("info")
     assert not any(
         logging.getLogger(name).isEnabledFor(logging.WARNING)
