@@ -138,12 +138,15 @@ def test_requests_that_were_left_out_are_named() -> None:
 
 
 def test_ticks_say_where_they_are() -> None:
-    """82.5 isn't 82."""
-    read = Results.model_validate(results(10))
-    figure = compare.trade_off({"a": read}).figure
-    assert figure is not None
-    figure.canvas.draw()
-    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+    """0.25 % isn't 0.2 %."""
+    made = results(10)
+    for point in made["retention"]:
+        point["gates"] = {"0": [0.02, *[0.01] * 98]}
+    read = Results.model_validate(made)
+    for picture in (compare.trade_off({"a": read}), gates(read)):
+        assert picture.figure is not None
+        picture.figure.canvas.draw()
+        axis = picture.figure.axes[-1].yaxis  # of the gates, the colours'
         ticks = [100 * tick for tick in axis.get_majorticklocs()]
         assert len(ticks) > 4
         assert [float(label.get_text().removesuffix(" %")) for label in axis.get_ticklabels()] == pytest.approx(ticks)

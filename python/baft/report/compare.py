@@ -46,6 +46,8 @@ def trade_off(runs: Mapping[str, Results]) -> Picture:
     lowest = min(axes.dataLim.x0, axes.dataLim.y0)
     bottom = max(0.0, min(lowest - 0.05, 0.8))
     axes.set(xlim=(bottom, 1.01), ylim=(bottom, 1.01))
+    axes.locator_params(nbins=5, steps=[1, 2, 5, 10])  # labels of one axis have room, and
+    axes.tick_params(axis="x", pad=7)  # those of both in the corner
     axes.set_xlabel("locality: what shall stay, stays")
     axes.set_ylabel("reliability (full), generality (hollow)")
     figure.legend(handles=handles, loc="outside upper left", ncols=_columns(runs, 2, 45), handlelength=1)
