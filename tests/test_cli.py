@@ -172,17 +172,17 @@ def test_of_several_processes_that_share_the_questions_one_prints(
     testbed: Path, sequential_run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, results = sequential_run
-    shared: list[int] = []
+    shared: list[tuple[int, int]] = []
 
-    def share(_: World, items: list[Any]) -> list[Any]:
-        shared.append(len(items))
+    def share(world: World, items: list[Any]) -> list[Any]:
+        shared.append((world.rank, len(items)))
         return items
 
     monkeypatch.setattr(World, "share", share)
     for rank in range(2):  # each asks everything here, so that they need not talk
         monkeypatch.setattr("baft.distributed.launched", lambda r=rank: nullcontext(World(r, 2, one_model=True)))
         done = baft("eval", "--model", testbed, "--adapter", out / "adapter", "--json")
-        assert done.returncode == 0 and shared.pop() == results["edits"]
+        assert done.returncode == 0 and shared.pop() == (rank, results["edits"])
         if rank == 0:
             assert json.loads(done.stdout)["metrics"] == results["metrics"]["final"]
         else:
