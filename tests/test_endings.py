@@ -165,12 +165,12 @@ STAGES = [
 def test_a_run_that_is_stopped_says_what_is_kept_and_goes_on(
     words: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     for function, call, by, kept in STAGES:
         began = (out / "run.json").exists()
         command = ("run", "--resume", "--out", out) if began else (*words, "--out", out)
         done = stopped_in(function, call, by, *command, scratch=tmp_path)
-        way_on = f": `baft run --resume --out {out}` goes on from there" if "begins anew" not in kept else ""
+        way_on = f": `baft run --resume --out '{out}'` goes on from there" if "begins anew" not in kept else ""
         what = "Ctrl-C" if by == INTERRUPT else by.name
         assert (done.last, done.returncode) == (f"baft: stopped by {what}; {kept}{way_on}", 1), function
     done = baft("run", "--resume", "--out", out, scratch=tmp_path)

@@ -101,7 +101,7 @@ def drop(folder: Folder, number: Number, yes: Yes = False) -> None:
             run.console.say(_NOTHING_DONE)
         elif run.place:
             leave_out(run.place, number)
-            resume = command(f"baft run --resume --out {folder}")
+            resume = command("run", "--resume", "--out", folder)
             run.console.say(f"It is left out; {resume} goes on without it.")
 
 
@@ -175,7 +175,7 @@ class _SequentialRun:
                     log.close()
         if place:
             left = edits_are(len(place.journal.positions()))
-            resume = command(f"baft run --resume --out {place.path}")
+            resume = command("run", "--resume", "--out", place.path)
             self.console.say(f"{left} in {place.adapter}; {resume} {resumed}.")
 
     def way_on(self, doing: str, number: int, ended: BaseException) -> str:
@@ -185,10 +185,10 @@ class _SequentialRun:
         if self.place is None or isinstance(ended, RequestError):  # which says itself how to go on
             return ""
         when = "" if isinstance(ended, KeyboardInterrupt) else "once that is mended, "
-        again = when + command(f"baft edits {doing} {self.place.path} {number} --yes")
+        again = when + command("edits", doing, self.place.path, number, "--yes")
         try:
             if number in self.place.journal.dropped():
-                resume = command(f"baft run --resume --out {self.place.path}")
+                resume = command("run", "--resume", "--out", self.place.path)
                 return f"request {number} is left out: {when}{resume} goes on from there"
             if self.place.journal.cut_at() == number:
                 return f"the edits before {number} are kept: {again} goes on from there"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -85,9 +86,9 @@ def begins_anew(ended: BaseException) -> str:
     return "the same command begins anew" if isinstance(ended, KeyboardInterrupt) else ""
 
 
-def command(words: str) -> str:
-    """A command for a person to type, who has torchrun start it where it started this one."""
-    return f"`{words}`" + (", under torchrun as before," if _by_torchrun() else "")
+def command(*words: object) -> str:
+    """``baft`` with these words, for a person to type, who has torchrun start it where it started this one."""
+    return f"`baft {shlex.join(map(str, words))}`" + (", under torchrun as before," if _by_torchrun() else "")
 
 
 def edits_are(number: int) -> str:

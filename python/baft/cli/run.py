@@ -204,7 +204,7 @@ def _way_on(folder: RunFolder | None, ended: BaseException) -> str:
     except (OSError, ValueError):  # of the same cause
         kept = ""
     when = "" if stopped else "once that is mended, "
-    return f"{kept}{when}{command(f'baft run --resume --out {folder.path}')} goes on from there"
+    return f"{kept}{when}{command('run', '--resume', '--out', folder.path)} goes on from there"
 
 
 def _is_said(context: typer.Context, name: str) -> bool:
