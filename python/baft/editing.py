@@ -24,6 +24,7 @@ __all__ = [
     "LooksAhead",
     "Mode",
     "OnEdit",
+    "OnPart",
     "OnRound",
     "Settling",
     "SideBySide",
@@ -58,6 +59,9 @@ OnEdit = Callable[[EditOutcome], None]
 
 OnRound = Callable[[Curve], None]
 """Called after each settling round."""
+
+OnPart = Callable[[], None]
+"""Called between the parts of a long settling round: what ``state()`` returns there is gone on from in the middle."""
 
 
 class Editor(Protocol):
@@ -162,7 +166,7 @@ class LooksAhead(Protocol):
 class Settling(Protocol):
     """An editor that goes through all its edits once more when there are no others to come."""
 
-    def settle(self, *, done: int = 0, on_round: OnRound | None = None) -> list[Curve]:
+    def settle(self, *, done: int = 0, on_round: OnRound | None = None, on_part: OnPart | None = None) -> list[Curve]:
         """``settling_rounds`` of the configuration, or what is left of them."""
 
 

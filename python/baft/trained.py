@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft.attach import Attachment
 from baft.config import BaftConfig
-from baft.editing import EditOutcome, Mode, OnEdit, OnRound, check_mode, check_requests, try_each
+from baft.editing import EditOutcome, Mode, OnEdit, OnPart, OnRound, check_mode, check_requests, try_each
 from baft.engine.continuations import Continuations, KeptContinuations
 from baft.engine.encoding import Encoded, Encoder, in_chunks, known_ids, most_tokens
 from baft.engine.generation import force_answers, generate_texts
@@ -222,7 +222,14 @@ class TrainedEditor(ABC):
                 self.load_state(before)
             yield EditOutcome(index, request, curve, state)
 
-    def settle(self, *, done: int = 0, on_round: OnRound | None = None, on_step: OnStep | None = None) -> list[Curve]:
+    def settle(
+        self,
+        *,
+        done: int = 0,
+        on_round: OnRound | None = None,
+        on_part: OnPart | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Curve]:
         """Go through all that is edited in ``settling_rounds`` times more, at most: to be done after the last edit.
 
         What consolidates a sequence while it is edited has high learning rates again and again, and leaves the newest
@@ -231,6 +238,7 @@ class TrainedEditor(ABC):
         Args:
             done: rounds that are done already, by an editor whose state this one was given.
             on_round: called after each round.
+            on_part: called in the middle of a round, now and then if it is long.
             on_step: called after each training step.
 
         Returns:
@@ -238,18 +246,28 @@ class TrainedEditor(ABC):
             last.
 
         Raises:
-            RuntimeError: if the loss is no finite number any more; the editor is then as it was before that round.
+            RuntimeError: if the loss is no finite number any more; the editor is then as it was before that round, or
+                before the part of it that did it.
         """
         curves: list[Curve] = []
         for number in range(done, self.config.settling_rounds if self.edits else 0):
-            trainer = self._begin()
-            with self._whole_or_not_at_all():
-                curves.append(settle(trainer, self._history.rows(), number, on_step))
+            curves.append(self._settle(number, on_part, on_step))
             if on_round:
                 on_round(curves[-1])
             if curves[-1].converged:
                 break
         return curves
+
+    def _settle(self, number: int, on_part: OnPart | None, on_step: OnStep | None) -> Curve:
+        """The settling round of a number, or what is left of it."""
+        while True:
+            trainer = self._begin()
+            with self._whole_or_not_at_all():
+                curve = settle(trainer, self._history.rows(), number, on_step)
+            if curve:
+                return curve
+            if on_part:
+                on_part()
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Make sure that each of ``requests`` can be edited.

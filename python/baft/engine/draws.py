@@ -77,12 +77,23 @@ class Walk:
         """Take back the visits since ``mark``."""
         self._left, self._whole = mark
 
+    @property
+    def count(self) -> int:
+        """How many rows take part."""
+        return self._count
+
     def state(self) -> dict[str, Tensor]:
         return {"walk.left": self._left.clone(), "walk.count": torch.tensor(self._count)}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor], *, whole: bool = False) -> None:
+        """Go on from what ``state`` returned.
+
+        Args:
+            whole: what was visited of the round counts as seen.
+        """
         self._left = state["walk.left"].cpu().clone()
         self._count = int(state["walk.count"])
+        self._whole = whole
 
 
 class Reservoir:

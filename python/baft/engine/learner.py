@@ -15,6 +15,7 @@ from baft.config import BaftConfig
 from baft.engine.draws import Reservoir, Walk, draw_indices
 from baft.engine.encoding import Encoded
 from baft.engine.retellings import Retellings
+from baft.engine.rounds import Round
 from baft.engine.step import Lesson
 from baft.engine.surroundings import Surroundings
 from baft.engine.unrelated import UnrelatedPool
@@ -71,6 +72,7 @@ class Learner(ABC):
     Attributes:
         generator: of all that is drawn.
         walk: how far consolidation is through the history.
+        round: the settling round that isn't over; None between two of them.
     """
 
     def __init__(self, config: BaftConfig, unrelated: UnrelatedPool, surroundings: Surroundings) -> None:
@@ -80,6 +82,7 @@ class Learner(ABC):
         self.generator = torch.Generator().manual_seed(config.seed)
         self._from_the_end = Positions(config.positions).from_the_end
         self.walk = Walk()
+        self.round: Round | None = None
         self._reservoir = None if config.rehearsal_buffer is None else Reservoir(config.rehearsal_buffer)
 
     def lesson(
@@ -198,12 +201,14 @@ class Learner(ABC):
     def course(self) -> dict[str, Tensor]:
         """And the rest: the random generator, and what was drawn by it and is still to be used."""
         reservoir = self._reservoir.state() if self._reservoir else {}
-        return {**self.walk.state(), **reservoir, "generator": self.generator.get_state()}
+        round_ = self.round.state() if self.round else {}
+        return {**self.walk.state(), **reservoir, **round_, "generator": self.generator.get_state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what ``state`` returned."""
         self.generator.set_state(state["generator"].cpu())
         if "walk.left" in state:  # else a state from before there were walks: this one begins anew
             self.walk.load_state(state)
+        self.round = Round.of_state(state)
         if self._reservoir:
             self._reservoir.load_state(state)

@@ -6,15 +6,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baft.config import BaftConfig
 from baft.engine.draws import Stretch, Walk
 from baft.engine.encoding import Encoded
 from baft.engine.history import Chunks
 from baft.engine.learner import Learner, Planned
+from baft.engine.rounds import Round
 
 __all__ = ["Curve", "OnStep", "Progress", "consolidate", "edit_batch", "edit_next", "settle"]
+
+# Steps of a settling round that are made at a time, and are lost if the process dies: some minutes of a large model.
+_PART = 256
 
 OnStep = Callable[[int, int, float], None]
 """Called after every step with (step, steps at most, mean loss of the step's edits)."""
@@ -128,8 +132,9 @@ def edit_batch(
 ) -> Curve:
     """Edit many requests together: up to ``batch_passes`` passes over them, learning rates falling along a cosine."""
     rows = [chunk for chunks in edits for chunk in chunks]
-    steps = range(trainer.config.batch_passes * _steps_of_a_round(trainer, rows))
-    curve = _go(trainer, rows, Walk(), steps, len(steps), on_step, known=[*past, *rows])
+    steps, walk = range(trainer.config.batch_passes * _steps_of_a_round(trainer, rows)), Walk()
+    walk.join(len(rows), trainer.generator)
+    curve = _go(trainer, rows, walk, steps, len(steps), on_step, known=[*past, *rows])
     trainer.count_usage([chunks[-1] for chunks in edits])
     return curve
 
@@ -137,18 +142,31 @@ def edit_batch(
 def consolidate(trainer: Learner, past: Sequence[Encoded], on_step: OnStep | None = None) -> Curve:
     """Go on through all past requests, those that came since the last time first: ``consolidation_steps`` at most."""
     steps = range(trainer.config.consolidation_steps)
+    trainer.walk.join(len(past), trainer.generator)
     return _go(trainer, past, trainer.walk, steps, len(steps), on_step, known=past)
 
 
-def settle(trainer: Learner, past: Sequence[Encoded], number: int, on_step: OnStep | None = None) -> Curve:
-    """The settling round of a number from 0: go through all past requests once.
+def settle(trainer: Learner, past: Sequence[Encoded], number: int, on_step: OnStep | None = None) -> Curve | None:
+    """Go on with the settling round of a number from 0: through all past requests once.
 
-    Over all ``settling_rounds`` the learning rates fall along one cosine.
+    Over all ``settling_rounds`` the learning rates fall along one cosine. A long round is made in parts, one at a call;
+    ``trainer.round`` says how far it is.
+
+    Returns:
+        How the round trained; None if it isn't over.
     """
-    rounds = trainer.config.settling_rounds
     each = _steps_of_a_round(trainer, past)
-    steps = range(number * each, (number + 1) * each)
-    return _go(trainer, past, Walk(), steps, rounds * each, on_step, known=past)
+    if trainer.round is None or not trainer.round.is_of(number, len(past)):
+        trainer.round = Round.begun(number, len(past), trainer.generator)
+    at = trainer.round
+    steps = range(number * each + at.steps, number * each + min(at.steps + _PART, each))
+    of = trainer.config.settling_rounds * each
+    curve = _go(trainer, past, at.walk, steps, of, on_step, known=past, found=at.losses)
+    at.steps, at.seconds = at.steps + curve.steps, at.seconds + curve.seconds
+    if at.steps < each:
+        return None
+    trainer.round = None
+    return replace(curve, steps=at.steps, seconds=at.seconds)
 
 
 def _steps_of_a_round(trainer: Learner, rows: Sequence[Encoded]) -> int:
@@ -164,15 +182,18 @@ def _go(
     on_step: OnStep | None,
     *,
     known: Sequence[Encoded],
+    found: list[float] | None = None,
 ) -> Curve:
     """Train on ``rows`` of all that are ``known``, along ``walk``: those ``steps``, of so many along a cosine.
 
     Until no row of a whole round, told in its own or in other words, had a loss of ``stop_below`` or more.
+
+    Args:
+        found: the losses of this round so far, which is added to.
     """
     config, start, curve = trainer.config, time.perf_counter(), Curve()
-    walk.join(len(rows), trainer.generator)
     visited: deque[Stretch] = deque()
-    found: list[float] = []
+    found = [] if found is None else found
 
     def plan(step: int) -> Planned | None:
         if step == len(steps):

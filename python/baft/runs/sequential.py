@@ -20,6 +20,7 @@ from baft.engine.learner import DivergedError
 from baft.engine.schedule import Curve
 from baft.engine.slots import ran_out
 from baft.requests import numbered
+from baft.runs.checkpoints import Checkpoints
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.records import EditRecord
@@ -247,7 +248,7 @@ class SequentialRun:
             context.watcher.advance(f"loss {curve.losses[-1]:.3f}")
 
         try:
-            editor.settle(done=self._settled, on_round=note)
+            editor.settle(done=self._settled, on_round=note, on_part=lambda: self._keep_part(edits))
         except DivergedError as error:
             context.say(f"settling ended, the edits being as they were before its last round: {error}")
             note(Curve([math.nan], diverged=True, seconds=time.perf_counter() - began))
@@ -272,9 +273,17 @@ class SequentialRun:
     def _save(self, done: int, *, last: bool = False) -> None:
         checkpoints = self._context.checkpoints
         if checkpoints and (last or checkpoints.due(done)) and done not in checkpoints.counts():
-            began = time.perf_counter()
-            checkpoints.write(done, self._context.editor.state())
-            self._context.journal.charge(time.perf_counter() - began)
+            self._write(checkpoints, done)
+
+    def _keep_part(self, edits: int) -> None:
+        """Keep the state in the middle of a settling round in the place of that before the round."""
+        if self._context.checkpoints:
+            self._write(self._context.checkpoints, edits + self._settled)
+
+    def _write(self, checkpoints: Checkpoints, done: int) -> None:
+        began = time.perf_counter()
+        checkpoints.write(done, self._context.editor.state())
+        self._context.journal.charge(time.perf_counter() - began)
 
     def _tell(self, record: EditRecord, edits: int) -> None:
         loss = record.curve.losses[-1] if record.curve.losses else math.nan
