@@ -90,24 +90,26 @@ class SequentialRun:
             edits, self._settled = min(known.done, len(done)), max(known.done - len(done), 0)
             context.editor.load_state(known.state)
             context.editor.edits = context.at([p for p in done[:edits] if p not in given_up])
-        again = done[edits:]
+        again, other = done[edits:], 0
         if again:
             context.watcher.stage("going on: the edits since the checkpoint", len(again))
         for record in journal.records(again[0], measures=False) if again else ():
             if not record.curve.out_of_memory:  # of which there may be more now
                 curve, _ = self._train(record.index, again=True)
-                self._compare(f"edit {record.index}", curve, record.curve)
+                other += not self._compare(f"edit {record.index}", curve, record.curve, aloud=not other)
             context.watcher.advance()
+        if other > 1:
+            context.say(f"so did {other - 1} more of the {len(again)} edits that were made again")
         self._given_up_in_a_row = len([*takewhile(given_up.__contains__, reversed(done))])
         return len(again)
 
-    def _compare(self, what: str, curve: Curve, earlier: Curve) -> bool:
-        """Whether it came out as before, bit for bit; said aloud if not."""
+    def _compare(self, what: str, curve: Curve, earlier: Curve, *, aloud: bool = True) -> bool:
+        """Whether it came out as before, bit for bit; said ``aloud`` if not."""
         alike = _alike(curve.losses, earlier.losses)
-        if not alike:
+        if not alike and aloud:
             self._context.say(
                 f"{what} came out otherwise than before, with losses {curve.losses} instead of {earlier.losses}: "
-                "the earlier process had another machine, or another number of threads"
+                "the earlier process had another machine, or another number of threads or processes"
             )
         return alike
 
