@@ -59,6 +59,7 @@ class Surroundings:
         self._encoder = encoder
         self._count = count
         self._limit = limit
+        self._name_in = lru_cache(_REMEMBERED)(self._read_name)
         self._answer_in = lru_cache(_REMEMBERED)(self._cut_to_answer)
         self._chosen = lru_cache(_REMEMBERED)(self._choose)
         self._start = lru_cache(_REMEMBERED)(self._encode)
@@ -200,7 +201,10 @@ class Surroundings:
 
     def _subject(self, row: Encoded) -> str:
         """ "" if it has none."""
-        return "" if row.subject is None else self._text(row.ids[slice(*row.subject)]).strip()
+        return "" if row.subject is None else self._name_in(row.ids[slice(*row.subject)])
+
+    def _read_name(self, ids: Tokens) -> str:
+        return self._text(ids).strip()
 
     def _asked_of(self, subject: str) -> Asked:
         return Asked(self._start(subject).ids, self._count)
