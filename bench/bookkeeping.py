@@ -6,7 +6,8 @@
 The requests are invented, and with two steps each on four bases next to nothing of them is learned. Prints what an edit
 took, by the number of requests that came before: its training, in which texts are drawn from all of these, and all
 else, which is to ask the model before and after, judge the answers, write the journal and checkpoints, and look back at
-earlier edits now and then. In the end going on with the run is timed, and its report. Results go to bench/results/.
+earlier edits now and then. The engine may remember little of texts, so that what else grows in memory is seen. In the
+end going on with the run is timed, and its report. Results go to bench/results/.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ CONFIG = BaftConfig(
     settling_rounds=1,
     batch_size=256,
 )
+REMEMBER = 64  # MiB
 STRETCHES = 10
 LEAST = 1000
 
@@ -98,7 +100,9 @@ def measured(model: str, count: int, scratch: Path) -> dict[str, Any]:
     """Run so many requests in a folder of ``scratch``."""
     data, folder, clock = scratch / "requests.json", scratch / "run", Clock()
     data.write_text(json.dumps(invented(count)))
-    words = RunWords(model=model, dataset=str(data), mode="sequential", config=CONFIG, measure_every=count)
+    words = RunWords(
+        model=model, dataset=str(data), mode="sequential", config=CONFIG, measure_every=count, remember=REMEMBER
+    )
     go_on(words, folder, clock)
     began = time.perf_counter()
     go_on(words, folder, Nobody())
