@@ -161,7 +161,12 @@ def settle(trainer: Learner, past: Sequence[Encoded], number: int, on_step: OnSt
     at = trainer.round
     steps = range(number * each + at.steps, number * each + min(at.steps + _PART, each))
     of = trainer.config.settling_rounds * each
-    curve = _go(trainer, past, at.walk, steps, of, on_step, known=past, found=at.losses)
+
+    def tell(step: int, _: int, loss: float) -> None:
+        if on_step:
+            on_step(at.steps + step, each, loss)
+
+    curve = _go(trainer, past, at.walk, steps, of, tell, known=past, found=at.losses)
     at.steps, at.seconds = at.steps + curve.steps, at.seconds + curve.seconds
     if at.steps < each:
         return None

@@ -17,6 +17,7 @@ from typing import Any
 
 from baft.editing import LooksAhead, Settling
 from baft.engine.learner import DivergedError
+from baft.engine.rounds import Round
 from baft.engine.schedule import Curve
 from baft.engine.slots import ran_out
 from baft.requests import numbered
@@ -65,8 +66,9 @@ class SequentialRun:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._given_up_in_a_row = 0
-        # How many settling rounds the editor's state has had.
+        # How many settling rounds the editor's state has had, and whether it is in the middle of another.
         self._settled = 0
+        self._in_a_round = False
         # Of the edits that this process made: how many, and how many were answered rightly at once.
         self._made = self._right = 0
         # What asking ahead took, for each of the requests asked about.
@@ -88,6 +90,7 @@ class SequentialRun:
         edits = 0
         if known:
             edits, self._settled = min(known.done, len(done)), max(known.done - len(done), 0)
+            self._in_a_round = Round.of_state(known.state) is not None
             context.editor.load_state(known.state)
             context.editor.edits = context.at([p for p in done[:edits] if p not in given_up])
         again, other = done[edits:], 0
@@ -142,7 +145,7 @@ class SequentialRun:
             self._tell(record, number + 1)
         if not self._settled:
             self._save(len(order), last=True)
-            if up_to is None:
+            if up_to is None and not self._in_a_round:
                 self._look_back(order, len(order), last=True)
         if order == everything:
             self._settle(len(order))
@@ -252,7 +255,7 @@ class SequentialRun:
         try:
             editor.settle(done=self._settled, on_round=note, on_part=lambda: self._keep_part(edits))
         except DivergedError as error:
-            context.say(f"settling ended, the edits being as they were before its last round: {error}")
+            context.say(f"settling ended, the edits being as they were before its last round, or part of one: {error}")
             note(Curve([math.nan], diverged=True, seconds=time.perf_counter() - began))
 
     def _look_back(self, order: Sequence[int], done: int, *, last: bool = False) -> None:
