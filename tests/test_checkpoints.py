@@ -38,6 +38,27 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_are(tmp_path: Path, monke
     assert checkpoints.newest(5) is not None
 
 
+@pytest.mark.parametrize(("function", "left"), [("shutil.rmtree", 1.0), ("pathlib.Path.rename", 0.0)])
+def test_one_that_takes_the_place_of_another_leaves_one_of_them_wherever_it_is_stopped(
+    function: str, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each part of a settling round does."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.write(1, {"a": torch.zeros(1)})
+    rename = Path.rename
+
+    def stop(path: Path, *target: Path, **_: object) -> object:
+        if target and not path.name.startswith(".1."):
+            return rename(path, *target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(function, stop)
+        checkpoints.write(1, {"a": torch.ones(1)})
+    known = Checkpoints(tmp_path / "checkpoints").newest(1)
+    assert known is not None and known.state["a"].item() == left
+
+
 def test_one_that_cannot_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system that stutters must not cost days of training."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -100,9 +100,7 @@ class Checkpoints:
                 beside.mkdir()
                 _write_through(beside / STATE, content)
                 _write_through(beside / DESCRIPTION, (json.dumps(description) + "\n").encode())
-                _remove(place)
-                beside.rename(place)
-                _sync_folder(self.folder)
+                _put(beside, place)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         counts = self.counts()
@@ -190,10 +188,31 @@ def kept(counts: list[int]) -> set[int]:
 
 def _remove(place: Path) -> None:
     """Remove a checkpoint, if it is there; under another name first, lest a kill leave half of one."""
-    if place.exists():
-        hidden = place.with_name(f".{place.name}")
-        place.rename(hidden)
+    if hidden := _hide(place):
         shutil.rmtree(hidden)
+
+
+def _put(new: Path, place: Path) -> None:
+    """Put a checkpoint where it belongs; one that is there is removed only then, lest a kill leave neither."""
+    hidden = _hide(place)
+    try:
+        new.rename(place)
+    except BaseException:  # an interrupt too
+        if hidden and not place.exists():
+            hidden.rename(place)
+        raise
+    _sync_folder(place.parent)
+    if hidden:
+        shutil.rmtree(hidden)
+
+
+def _hide(place: Path) -> Path | None:
+    """Rename a checkpoint to what is removed at the next start; None if there is none."""
+    if not place.exists():
+        return None
+    hidden = place.with_name(f".{place.name}")
+    place.rename(hidden)
+    return hidden
 
 
 def _write_through(path: Path, content: bytes) -> None:
