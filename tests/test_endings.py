@@ -249,6 +249,27 @@ def test_what_a_process_is_told_to_ignore_stays_ignored() -> None:
     assert [signal.getsignal(number) for number in (INTERRUPT, TERMINATE, HANG_UP)] == handlers
 
 
+def test_who_asks_twice_gets_the_same_words() -> None:
+    """Once it ends, nothing breaks off the saying of how to go on."""
+
+    def way_on(_: BaseException) -> str:
+        for number in (INTERRUPT, TERMINATE, HANG_UP):
+            signal.raise_signal(number)
+        return "that is all"
+
+    with pytest.raises(Ended, match=r"^stopped by SIGTERM; that is all$"), stopped_alike(), ending_with(way_on):
+        signal.raise_signal(TERMINATE)
+
+
+def test_a_process_that_is_forked_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    """One of a library's, which it ends by a signal when it has done its work."""
+    with stopped_alike():
+        process = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=(TERMINATE,))
+        process.start()
+        process.join(PATIENCE)
+    assert (process.exitcode, capfd.readouterr().err) == (-TERMINATE, "")
+
+
 def test_of_several_processes_one_says_that_they_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with stopped_alike():

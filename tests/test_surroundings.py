@@ -250,6 +250,16 @@ def test_a_changed_model_is_asked_again() -> None:
     assert editor._begin().surroundings.of(ROWS[1]) not in (before, ())
 
 
+def test_what_was_chosen_of_other_texts_is_not_remembered_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed model may answer as before, and write otherwise of the subject."""
+    row, texts = ENCODER.pair("In France, Bob Stone", "Arvik", "Bob Stone"), ["Bob Stone was born in Norland"]
+    made = written(monkeypatch, answers={"In France, Bob Stone": "norland"})
+    monkeypatch.setattr(made, "_branches", lambda _: [ENCODER.prompt(text).ids for text in texts])
+    assert made.of(row) == () and len(made.retold(row)) == 1
+    texts[0] = "Bob Stone is king of France"
+    assert [text_of(text) for text in made.of(row)] == texts and made.retold(row) == ()
+
+
 def test_a_later_chunk_of_a_target_is_not_told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     made = written(monkeypatch, "Bob Stone is in Norland", answers={"In France, Bob Stone": "norland"})
     first, second = in_chunks(ENCODER.pair("In France, Bob Stone", "king Ebor", "Bob Stone"), 2)

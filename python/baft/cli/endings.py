@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 __all__ = ["Ended", "begins_anew", "command", "edits_are", "ending_with", "stopped_alike", "tell"]
 
@@ -31,22 +30,27 @@ class Ended(Exception):
 def stopped_alike() -> Iterator[None]:
     """Let whatever asks the process to end do as Ctrl-C does, but for what it is told to ignore, as nohup tells it.
 
-    Of several processes only the one that prints is asked so: the others have no words to end with.
+    Of several processes only the one that prints is asked so: the others have no words to end with. Nor have those that
+    a library forks from it for its own work.
     """
+    process = os.getpid()
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
     before = {number: signal.getsignal(number) for number in _STOPS}
     for number, handler in before.items():
         if handler is signal.SIG_DFL and _prints():
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
         for number, handler in before.items():
             if handler is not None:  # one that Python doesn't know stays, too
                 signal.signal(number, handler)
-
-
-def _interrupt(number: int, _: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @contextmanager
