@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,21 @@ def test_weights_that_are_not_plain_are_not_compared() -> None:
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
         assert known.differences(tiny_editor(model)._fingerprint()) == found
         assert not fingerprint_of(model, {"a matrix": linear}).weights
+    block = tiny_model().get_submodule("model.layers.1")
+    block.get_submodule("input_layernorm").to(torch.bfloat16)  # as some models are loaded
+    assert not fingerprint_of(model, {"a block": block}).weights
+
+
+def test_what_a_model_is_not_saved_with_makes_no_difference(saved: Path) -> None:
+    """A mask in each block, say, as some versions of transformers have, and no other reason to know the block less."""
+    for change, expected in ((0.0, nullcontext()), (1e-3, pytest.raises(ValueError, match="other weights in block 1"))):
+        model = tiny_model()
+        block = model.get_submodule("model.layers.1")
+        block.register_buffer("mask", torch.ones(2, 2, dtype=torch.bool).tril(), persistent=False)
+        with torch.no_grad():
+            block.get_submodule("mlp.up_proj").weight[0, 0] += change
+        with expected:
+            assert BaftEditor.from_pretrained(model, tiny_tokenizer(), saved).edits == REQUESTS[:2]
 
 
 def test_a_folder_of_an_older_version_knows_no_model(saved: Path) -> None:

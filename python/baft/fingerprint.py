@@ -52,10 +52,14 @@ def hash_of_weights(module: nn.Module) -> str:
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers with their names; one that several modules share comes with each."""
+    """Parameters and buffers with their names; one that several modules share comes with each.
+
+    Buffers that a model isn't saved with are computed of its configuration, by each version of transformers others.
+    """
     with at_hand(module):
         for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield f"{prefix}{name}", weight
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}{name}", weight
     for name, child in module.named_children():
         yield from _weights(child, f"{prefix}{name}.")
 
