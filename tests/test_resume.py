@@ -392,9 +392,9 @@ def test_memory_that_runs_out_for_what_is_made_again_ends_the_run(
 
 def test_a_run_that_ended_at_a_request_goes_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at(monkeypatch, {4: ValueError("the rows of a basis have become dependent")})
-    folder = tmp_path / "run"
+    folder = tmp_path / "a run"
     for _ in range(2):  # again, the same end
-        with pytest.raises(RequestError, match=rf"request 4: the rows .* baft edits drop {folder} 4 --yes, then"):
+        with pytest.raises(RequestError, match=rf"request 4: the rows .* baft edits drop '{folder}' 4 --yes, then"):
             run_in(folder)
     with RunFolder(folder) as place:
         assert [is_waiting(place, number) for number in (-1, 3, 4, 8, 9)] == [False, False, True, True, False]

@@ -8,6 +8,7 @@ losses tell whether they did. So it is with the settling rounds that follow the 
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,9 +51,8 @@ class RequestError(RuntimeError):
     """
 
     def __init__(self, request: str, position: int, reason: Exception, folder: Path | None) -> None:
-        way_on = (
-            f"; to go on without it: baft edits drop {folder} {position} --yes, then baft run --resume --out {folder}"
-        )
+        run = shlex.quote(str(folder))  # to be pasted
+        way_on = f"; to go on without it: baft edits drop {run} {position} --yes, then baft run --resume --out {run}"
         super().__init__(f"{request}: {reason}{way_on if folder else ''}")
 
 
