@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from small_runs import ASKED, Listener, finished_run, run_in
 from tiny import REQUESTS, one_thread, tiny_editor, tiny_model
@@ -23,6 +24,7 @@ from baft.report.words import facts
 from baft.runs.folder import RunFolder
 from baft.runs.run import RunPlan, RunReport
 from baft.runs.start import RunWords, start
+from baft.storage import load_editor
 
 __all__ = ["finished_run", "one_thread"]
 
@@ -102,7 +104,7 @@ def test_a_run_asks_before_its_first_edit_and_after_its_last(
     """With lm-eval or without: here what it would say is how many edits are on, and what it takes to say."""
     asked: list[float] = []
 
-    def count(editor: BaftEditor, tasks: Sequence[str]) -> dict[str, float]:
+    def count(editor: BaftEditor, tasks: Sequence[str], **_: int) -> dict[str, float]:
         assert tasks == ("invented",)
         asked.append(float(len(editor.edits) if editor.attachment.enabled else 0))
         return {"invented/acc": asked[-1], "invented/acc_stderr": 0.5}
@@ -127,6 +129,43 @@ def test_a_run_asks_before_its_first_edit_and_after_its_last(
     assert re.search(r"invented/acc +0.000 +4.000", capsys.readouterr().out)
     told = dict(facts(read_run(tmp_path).results))
     assert told["General ability by lm-eval"] == "invented/acc 0.000 unedited, 4.000 edited"
+
+
+def test_where_memory_runs_out_it_is_asked_with_fewer_texts_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, sizes = 16, []
+
+    def score(editor: BaftEditor, tasks: Sequence[str], batch_size: int) -> dict[str, float]:
+        sizes.append(batch_size)
+        if batch_size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"invented/acc": 0.5}
+
+    monkeypatch.setattr("baft.runs.results.general_ability", score)
+
+    def edited() -> None:  # what the engine remembers by then takes some of it
+        nonlocal room
+        room = 4
+
+    report = a_run(tmp_path, listener := Listener(edited))
+    assert sizes == [16, 16, 8, 4] and report.results["lm_eval"]["after"] == {"invented/acc": 0.5}
+    assert "memory ran out while measuring general ability by lm-eval, 16 texts at a time: from now on 4 are" in (
+        listener.said
+    )
+
+
+def test_edits_are_saved_before_it_is_asked_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(editor: BaftEditor, *_: Any, **__: Any) -> dict[str, float]:
+        if editor.edits:
+            raise ConnectionError("no data set of lm-eval's")
+        return {"invented/acc": 0.5}
+
+    monkeypatch.setattr("baft.runs.results.general_ability", fail)
+    with pytest.raises(ConnectionError):
+        a_run(tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    assert len(load_editor(tmp_path / "adapter").edits) == 4
 
 
 def test_a_run_without_tasks_says_nothing_of_them(finished_run: Path) -> None:

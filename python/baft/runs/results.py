@@ -11,6 +11,7 @@ from typing import Any
 from baft.evaluation.fluency import fluency
 from baft.evaluation.harness import general_ability
 from baft.evaluation.measures import summarise
+from baft.evaluation.portions import Portions
 from baft.runs.conflicts import can_hold
 from baft.runs.context import RunContext
 from baft.runs.environment import peak_memory_bytes, versions
@@ -24,6 +25,9 @@ __all__ = ["describe", "results", "results_so_far", "superseded"]
 
 # Fluency is measured on at most this many requests.
 _FLUENT = 100
+
+# Texts that lm-eval asks about at a time, to begin with: they are longer than a data set's questions.
+_ASKED_BY_LM_EVAL = 16
 
 
 def describe(context: RunContext, mode: str) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def _asked_before(context: RunContext) -> dict[str, Any] | None:
     if not asked:
         context.watcher.stage("lm-eval: the unedited model")
         with context.editor.disabled():
-            asked = {"before": general_ability(context.editor, context.tasks)}
+            asked = {"before": _general_ability(context)}
         context.watcher.advance()
     return dict(asked)
 
@@ -71,9 +75,16 @@ def _asked_after(context: RunContext, before: dict[str, Any] | None) -> dict[str
     if before is None:
         return None
     context.watcher.stage("lm-eval: the edited model")
-    asked = {**before, "after": general_ability(context.editor, context.tasks)}
+    asked = {**before, "after": _general_ability(context)}
     context.watcher.advance()
     return asked
+
+
+def _general_ability(context: RunContext) -> dict[str, float]:
+    portions = Portions(_ASKED_BY_LM_EVAL, together=context.world.one_model, say=context.say)
+    return portions.ask(
+        "general ability by lm-eval", lambda size: general_ability(context.editor, context.tasks, batch_size=size)
+    )
 
 
 def results_so_far(journal: Journal) -> dict[str, Any]:

@@ -138,10 +138,10 @@ def _run(context: RunContext, mode: Mode, folder: RunFolder | None, description:
         edit_singly(context)
     if mode != "single":
         _measure(context)
+        if folder:  # before lm-eval is asked, which may fail for reasons of its own
+            editor.save_pretrained(folder.adapter)
     found = results(context, mode)
     if folder:
-        if mode != "single":
-            editor.save_pretrained(folder.adapter)
         folder.finish(journal.records(), found)
     return RunReport(found, journal)
 
