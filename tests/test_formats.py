@@ -33,8 +33,15 @@ def test_requests_written_as_json_load_as_they_were(tmp_path: Path) -> None:
 
 
 def test_own_records_may_have_more_fields_and_numbers_as_identifiers(tmp_path: Path) -> None:
-    """Even one that QAEdit's records have: they have none of ours."""
-    record = {"prompt": "Ann is", "target": "tall", "rephrases": ["Tall is"], "source": "a book", "subject_id": 3}
+    """Even one that QAEdit's records have: they have none of ours; and one that is another format's identifier."""
+    record = {
+        "prompt": "Ann is",
+        "target": "tall",
+        "rephrases": ["Tall is"],
+        "source": "a book",
+        "subject_id": 3,
+        "case_id": 4,
+    }
     (request,) = load_dataset(write(tmp_path, [{**record, "id": 17}]))
     assert request == EditRequest(prompt="Ann is", target="tall", rephrases=("Tall is",), id="17")
     (request,) = load_dataset(write(tmp_path, [{"prompt": "Ann is", "target": "tall", "rephrase": "Tall is"}]))

@@ -196,7 +196,8 @@ def own(record: Fields) -> list[EditRequest]:
     Other fields are passed over.
     """
     known = {name: value for name, value in record.values.items() if name in EditRequest.model_fields}
-    return [EditRequest.model_validate({**known, "id": record.id})]
+    own_id = next(iter(record.texts("id")), record.id)
+    return [EditRequest.model_validate({**known, "id": own_id})]
 
 
 def qaedit(record: Fields) -> list[EditRequest]:
