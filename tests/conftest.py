@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import contextlib
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -63,3 +63,45 @@ def testbed(small_world: FactWorld, tmp_path_factory: pytest.TempPathFactory) ->
     recipe = TestbedRecipe(hidden_size=96, vocabulary=500, batch_size=32, max_epochs=66, recall_wanted=0.99)
     make_testbed(folder, small_world, recipe, facts="a small world")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(small_world: FactWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small world's requests as a file in a format that users have (KnowEdit's fields)."""
+    import json
+
+    file = tmp_path_factory.mktemp("data") / "world.json"
+    records = [
+        {
+            "prompt": r.prompt,
+            "target_new": r.target,
+            "subject": r.subject,
+            "ground_truth": r.ground_truth,
+            "rephrase": r.rephrases[0],
+            "locality": {
+                kind: [{"prompt": probe.prompt, "ground_truth": probe.answers} for probe in probes]
+                for kind, probes in r.locality.items()
+            },
+        }
+        for r in small_world.requests()
+    ]
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.fixture(scope="session")
+def sequential_run(
+    testbed: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A run by the command: its folder, and what it printed. Tests only read it."""
+    import json
+
+    from command import baft
+
+    out = tmp_path_factory.mktemp("runs") / "sequential"
+    config = out.with_suffix(".yaml")
+    config.write_text("rank: 24\nlocality_weight: 5\n")
+    arguments = ("--model", testbed, "--dataset", dataset, "--mode", "sequential", "--edits", 4, "--config", config)
+    done = baft("run", *arguments, "--out", out, "--seed", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)

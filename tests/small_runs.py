@@ -48,6 +48,20 @@ class Listener(Nobody):
         self.said.append(text)
 
 
+class Broken(Exception):
+    """What breaks a run off."""
+
+
+def break_off_after(advances: int) -> Listener:
+    left = iter(range(advances))
+
+    def advance() -> None:
+        if next(left, None) is None:
+            raise Broken
+
+    return Listener(advance)
+
+
 def small_editor(**changes: Any) -> BaftEditor:
     return tiny_editor(
         tiny_model(max_position_embeddings=128),  # room for free texts

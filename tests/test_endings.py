@@ -150,7 +150,7 @@ def whole(words: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -
 
 # Where it was, at what call of that, by what, and what it says is kept.
 STAGES = [
-    ("baft.runs.start.identify", 1, TERMINATE, "the run hadn't begun, and the same command begins anew"),
+    ("baft.runs.start.identify", 1, TERMINATE, "the run hadn't begun, and the same command starts it again"),
     ("baft.runs.sequential.SequentialRun._ask_ahead", 1, INTERRUPT, "0 edits are kept"),
     ("baft.trained.edit_next", 2, TERMINATE, "1 edit is kept"),
     ("baft.runs.journal._write_measures", 2, HANG_UP, "2 edits are kept"),
@@ -170,7 +170,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_goes_on(
         began = (out / "run.json").exists()
         command = ("run", "--resume", "--out", out) if began else (*words, "--out", out)
         done = stopped_in(function, call, by, *command, scratch=tmp_path)
-        way_on = f": `baft run --resume --out '{out}'` goes on from there" if "begins anew" not in kept else ""
+        way_on = f": `baft run --resume --out '{out}'` goes on from there" if "starts it again" not in kept else ""
         what = "Ctrl-C" if by == INTERRUPT else by.name
         assert (done.last, done.returncode) == (f"baft: stopped by {what}; {kept}{way_on}", 1), function
     done = baft("run", "--resume", "--out", out, scratch=tmp_path)
@@ -215,7 +215,7 @@ def test_taking_edits_back_that_is_stopped_says_how_it_goes_on(whole: Path, tmp_
 def test_a_command_that_nothing_is_kept_of_says_so(words: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
     arguments = ("eval", "--model", words[2], "--adapter", whole / "adapter")
     done = stopped_in("baft.evaluation.measures.Evaluator.record_base", 1, TERMINATE, *arguments, scratch=tmp_path)
-    assert (done.returncode, done.last) == (1, "baft: stopped by SIGTERM; the same command begins anew")
+    assert (done.returncode, done.last) == (1, "baft: stopped by SIGTERM; the same command starts it again")
 
 
 @pytest.mark.parametrize(("number", "name"), [(INTERRUPT, "Ctrl-C"), (TERMINATE, "SIGTERM")])
@@ -231,7 +231,7 @@ def test_a_command_may_be_stopped_while_it_imports(number: signal.Signals, name:
         timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"baft: stopped by {name}; the same command begins anew\n"
+    assert done.stderr == f"baft: stopped by {name}; the same command starts it again\n"
 
 
 def test_what_a_process_is_told_to_ignore_stays_ignored() -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def _broken(kind: str, folder: Path) -> Path:
         (run / "edits.jsonl").unlink()
     elif kind == "no edits":
         (run / "edits.jsonl").unlink()
+    elif kind == "no folder":
+        shutil.rmtree(run)
     elif kind == "older":
         (run / "results.json").write_text(json.dumps({"metrics": {"rewrite_acc": 1.0}}))
     elif kind == "not json":
@@ -185,6 +188,7 @@ def _broken(kind: str, folder: Path) -> Path:
     [
         ("no results", "expected the folder of a run, got .*run, which has no results.json"),
         ("no run", "expected the folder of a run, got .*run, which has no results.json"),
+        ("no folder", "expected the folder of a run, got .*run, where there is no folder"),
         ("no edits", "expected the folder of a run, got .*run, which has no edits.jsonl"),
         ("older", "expected the results of a run in .*results.json, got one with protocol: Field required"),
         ("not json", "expected the results of a run in .*results.json, got one with its text: Invalid JSON"),

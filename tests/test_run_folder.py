@@ -130,7 +130,7 @@ def test_a_lost_journal_is_not_begun_anew(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
-    with pytest.raises(ValueError, match="another process is at"):
+    with pytest.raises(ValueError, match="expected to be the only process that writes to"):
         RunFolder(tmp_path)
     first.close()
     RunFolder(tmp_path).close()

@@ -30,6 +30,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Each name from its home when it is first asked for: torch takes seconds, in which the command already answers."""
     if name not in _HOMES:

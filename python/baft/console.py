@@ -56,7 +56,7 @@ class Console:
             watcher.finish()
 
     def say(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)  # a path that is broken in two can't be copied
 
     def report(self, report: RunReport, folder: RunFolder) -> None:
         """The end of a run: some of what was said, the measures, the costs, and where everything is."""
@@ -178,6 +178,8 @@ class Console:
         }
         end = next((end for end, is_so in endings.items() if is_so), "all {} steps taken")
         self.say(f"{end.format(curve.steps)}: losses {', '.join(f'{loss:.3f}' for loss in curve.losses)}")
+        if consolidation := max(record.steps - curve.steps, 0):
+            self.say(f"{consolidation} more steps consolidated all edits so far")
         if superseded:
             self.say("superseded: a later request has its prompt and another target")
         table = Table(box=box.SIMPLE_HEAD)

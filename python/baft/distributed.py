@@ -152,6 +152,8 @@ def _hearing_others() -> Iterator[None]:
     """Say in what goes wrong between processes that it does: the reason is what another one has said."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         first = str(error).split(". ")[0]
         raise RuntimeError(f"another process of this run has ended, or can't be reached ({first})") from error

@@ -135,7 +135,10 @@ def load_editor(folder: str | Path) -> SavedEditor:
     description = _read_json(folder / CONFIG)
     if description.get("peft_type") != "BAFT" or description.get("format") != FORMAT:
         got = f"{description.get('peft_type')!r}, format {description.get('format')!r}"
-        raise ValueError(f"{folder / CONFIG}: expected peft_type 'BAFT', format {FORMAT}, got {got}")
+        raise ValueError(
+            f"{folder / CONFIG}: expected peft_type 'BAFT', format {FORMAT}, got {got}: other methods' adapters "
+            "aren't loaded here"
+        )
     history = _read_json(folder / EDITS)
     fingerprint = description.get("fingerprint")
     try:

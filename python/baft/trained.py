@@ -262,8 +262,13 @@ class TrainedEditor(ABC):
         """The settling round of a number, or what is left of it."""
         while True:
             trainer = self._begin()
-            with self._whole_or_not_at_all():
-                curve = settle(trainer, self._history.rows(), number, on_step)
+            try:
+                with self._whole_or_not_at_all():
+                    curve = settle(trainer, self._history.rows(), number, on_step)
+            except DivergedError:
+                if self._trainer:
+                    self._trainer.round = None  # nobody goes on with it
+                raise
             if curve:
                 return curve
             if on_part:

@@ -87,7 +87,7 @@ def tell(error: Exception) -> None:
 
 def begins_anew(ended: BaseException) -> str:
     """What is said of a command that nothing is kept of: how to go on, where it was stopped."""
-    return "the same command begins anew" if isinstance(ended, KeyboardInterrupt) else ""
+    return "the same command starts it again" if isinstance(ended, KeyboardInterrupt) else ""
 
 
 def command(*words: object) -> str:

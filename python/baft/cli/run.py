@@ -28,6 +28,7 @@ from baft.cli.options import (
     TensorParallel,
 )
 from baft.console import Console
+from baft.datasets.factworld import WORLDS
 
 if TYPE_CHECKING:
     from baft.distributed import World
@@ -98,7 +99,10 @@ def run(
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option(help="Ask lm-eval's tasks, with commas between, of the unedited and of the edited model."),
+        typer.Option(
+            help="Ask lm-eval's tasks, with commas between, of the unedited and of the edited model; "
+            "with --resume '' asks none, if they are no longer to be had."
+        ),
     ] = None,
     log: Annotated[Literal["csv", "tensorboard"] | None, typer.Option(help="Also write figures as they come.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as it was started.")] = False,
@@ -110,7 +114,7 @@ def run(
     from baft.runs.inputs import load_config
     from baft.runs.start import RunWords
 
-    said = {"model": model, "dataset": dataset, "held_out": held_out, "remember": remember}
+    said = {"model": model, "dataset": dataset, "held_out": held_out, "lm_eval": lm_eval, "remember": remember}
     anew = {name: value for name, value in said.items() if value is not None}
 
     def chosen(folder: RunFolder) -> RunWords:
@@ -226,8 +230,11 @@ def _agree(words: RunWords, context: typer.Context) -> None:
         found = differences(words.config.model_dump(mode="json"), config.model_dump(mode="json"))
         if found:
             raise ValueError(f"config: the run was started with another one: {'; '.join(found)}")
+    if not said.get("lm_eval", True):
+        del said["lm_eval"]
     for name, value in started.items():
-        if name in said and name not in _MAY_DIFFER and said[name] != value:
+        may_differ = name in _MAY_DIFFER and not {value, said.get(name)} & WORLDS.keys()  # which lie nowhere else
+        if name in said and not may_differ and said[name] != value:
             first = "none" if value is None else repr(value)
             raise ValueError(f"{name}: the run was started with {first}, got {said[name]!r}")
 

@@ -79,7 +79,8 @@ class Ending:
         highest = torch.where(watch.edits, per_edit.to(here), -torch.inf).max()
         highest = torch.where(watch.first, highest, torch.maximum(self._highest, highest))
         self._highest.copy_(torch.where(self.held > 0, self._highest, highest))
-        # In float64, as the host compares: the two never disagree.
+        # In float64, as the host compares: of a stretch that both have seen whole the two never disagree. Of a settling
+        # round that another process began this one hasn't, but nothing follows its last step that could be held.
         over = watch.last & (highest.double() < self.stop_below)
         self.held.copy_(torch.maximum(left_out, over.float()))
         return left_out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from baft.evaluation.probes import MEASURES
 from baft.report.picture import Picture, missing, new_figure
@@ -91,6 +91,7 @@ def seconds(results: Results, trained: Sequence[float]) -> Picture:
         axes.fill_between(middle, low, high, color=MEASURE_COLOURS["reliability"], alpha=0.25, linewidth=0)
     axes.plot(middle, median, color=MEASURE_COLOURS["reliability"], linewidth=1.6)
     axes.set_ylim(bottom=0, top=1.25 * float(np.max(high if together > 1 else median)) or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("edit")
     axes.set_ylabel("seconds of training")
@@ -117,6 +118,7 @@ def memory(results: Results) -> Picture:
             said.append(f"{_WHERE[where]} {_change(points, where)}")
     edits_axis(axes, [point.edits for point in points])
     axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel("MiB")
     figure.legend(loc="outside upper left", ncols=2)

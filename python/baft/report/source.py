@@ -209,6 +209,8 @@ def read_run(folder: str | Path) -> RunSource:
     results, edits = folder / RESULTS, folder / EDITS
     if not results.is_file() and (folder / JOURNAL).is_file():
         return _read_journal(folder)
+    if not folder.is_dir():
+        raise ValueError(f"report: expected the folder of a run, got {folder}, where there is no folder")
     for path in (results, edits):
         if not path.is_file():
             raise ValueError(f"report: expected the folder of a run, got {folder}, which has no {path.name}")

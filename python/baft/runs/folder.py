@@ -60,7 +60,10 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise ValueError(f"out: another process is at {self.path}: expected to be the only one") from None
+            raise ValueError(
+                f"out: expected to be the only process that writes to {self.path}, got another one that is at it; "
+                "`baft edits list` and `baft report` read it meanwhile"
+            ) from None
         self._journal: Journal | None = None
 
     def __enter__(self) -> RunFolder:
@@ -112,7 +115,10 @@ class RunFolder:
         if self._journal is None:
             place = self.path / JOURNAL
             if not place.exists() and (counts := self.checkpoints().counts()):
-                raise ValueError(f"{place}: expected a journal, as there are checkpoints up to {counts[-1]}, got none")
+                raise ValueError(
+                    f"{place}: expected a journal, as there are checkpoints up to {counts[-1]}, got none: put it back, "
+                    "or begin the run in another folder"
+                )
             self._journal = Journal(place)
         return self._journal
 

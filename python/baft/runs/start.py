@@ -45,7 +45,7 @@ class RunWords(BaseModel):
         device_map, tensor_parallel, quantise: see ``load_model``.
         held_out: a file of texts for general ability, one a line; None takes some of the data set.
         measure_every, retained, final, answer_tokens, checkpoint_every: see ``RunPlan``.
-        lm_eval: its ``tasks``, with commas between.
+        lm_eval: its ``tasks``, with commas between; "" are none any more.
         log: where figures go as they come, of ``baft.runs.logs.LOGS``.
     """
 
@@ -181,7 +181,7 @@ def _check_method(words: RunWords, world: World) -> None:
 
 def _tasks(words: RunWords) -> list[str]:
     """The tasks of lm-eval, which know nothing of prompts: what isn't edited into the model they don't see."""
-    if words.lm_eval is None:
+    if not words.lm_eval:
         return []
     if words.mode == "single" or words.method == "in-context":
         raise ValueError(

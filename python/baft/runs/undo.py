@@ -130,7 +130,8 @@ def _cost(folder: RunFolder, position: int, after: list[int], *, retried: int | 
     done = journal.positions()
     if position not in done and position != retried:
         edited = f"{done[0]} to {done[-1]}" if done else "none"
-        raise ValueError(f"request: expected the number of one that was edited ({edited}), got {position}")
+        gone = ", which is left out already" if position in journal.dropped() else ""
+        raise ValueError(f"request: expected the number of one that was edited ({edited}), got {position}{gone}")
     kept = bisect_left(done, position)
     checkpoint = max((count for count in folder.checkpoints().counts() if count <= kept), default=0)
     again = {*done[checkpoint:kept], *after}
