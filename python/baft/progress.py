@@ -12,15 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from baft.runs.watcher import Watcher
@@ -55,11 +56,11 @@ def bars(console: Console) -> Iterator[ProgressWatcher]:
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        _PaceColumn(),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(table_column=Column(min_width=7)),  # where it is narrow, bar and note make room
+        TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(min_width=7)),
+        _PaceColumn(table_column=Column(min_width=13)),
+        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, speed_estimate_period=_PACE_OF) as progress:
         yield _Bars(progress)
