@@ -157,13 +157,13 @@ def test_tokens_that_the_model_does_not_know_are_refused() -> None:
     model, config = tiny_model(), BaftConfig(rank=2, layers=(1,))
     editor = BaftEditor(model, tokenizer, config)
     message = (
-        rf"^tokenizer: expected ids below {VOCABULARY}, .*, got {VOCABULARY} \('Atlantis'\) in '{{}}': model.resize"
+        rf"tokenizer: expected ids below {VOCABULARY}, .*, got {VOCABULARY} \('Atlantis'\) in '{{}}': model.resize"
     )
-    with pytest.raises(ValueError, match=message.format("Atlantis is in")):
+    with pytest.raises(ValueError, match=f"^request 0: {message.format('Atlantis is in')}"):
         editor.check([EditRequest(prompt="Atlantis is in", target="Ebor")])
-    with pytest.raises(ValueError, match=message.format("Atlantis")):
+    with pytest.raises(ValueError, match=f"^{message.format('Atlantis')}"):
         editor.edit([EditRequest(prompt="Ebor is in", target="Atlantis")])
-    with pytest.raises(ValueError, match=message.format("Is it Atlantis")):
+    with pytest.raises(ValueError, match=f"^{message.format('Is it Atlantis')}"):
         editor.generate("Is it Atlantis")
     tokenizer.add_special_tokens({"eos_token": "<new>"})
     with pytest.raises(ValueError, match=r"got 129 \('<new>'\) in every text's end: "):
@@ -225,7 +225,7 @@ def test_a_subject_that_is_not_in_the_prompt_is_unknown(subject: str | None) -> 
 def test_a_tokenizer_that_can_not_tell_where_a_subject_stands() -> None:
     editor = BaftEditor(tiny_model(vocab_size=384), ByT5Tokenizer(), BaftConfig(rank=2, layers=(1,)))
     editor.check([EditRequest(prompt=PROMPT, target="Ebor")])
-    with pytest.raises(ValueError, match=r"^tokenizer: expected a fast one, .* got ByT5Tokenizer: load"):
+    with pytest.raises(ValueError, match=r"^request 0: tokenizer: expected a fast one, .* got ByT5Tokenizer: load"):
         editor.check([EditRequest(prompt=PROMPT, target="Ebor", subject="Norland")])
 
 
